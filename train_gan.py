@@ -1,9 +1,7 @@
-"""Train a generative adversarial network of two multilayer perceptrons.
+"""Train a generative adversarial network by Algorithm 1 of Goodfellow et al. 2014.
 
 python train_gan.py                           # MNIST, 40 epochs, the best device
 python train_gan.py --resume runs/001         # go on where a run was cut off
-
-The loop is Algorithm 1 of Goodfellow et al. 2014, "Generative Adversarial Nets".
 """
 
 import argparse
@@ -45,9 +43,8 @@ G_LOSSES = {
     "non-saturating": losses.generator_loss,
     "minimax": losses.minimax_generator_loss,
 }
-# What the libraries raise for a file that is not what it should be:
 BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
-BROKEN += (AssertionError, pickle.UnpicklingError)
+BROKEN += (AssertionError, pickle.UnpicklingError)  # what reading a bad file raises
 R1_EVERY = 4  # the penalty costs half a step: take it every 4th step, 4 times as heavy
 COLUMNS = ["epoch", "loss_D", "loss_G", "D_x", "D_G_z1", "D_G_z2", "acc_D", "seconds"]
 
@@ -56,9 +53,9 @@ def checked(kind, accepts, words):
     """An argparse type: the values that `accepts` is true of, or an error in words."""
 
     def value(text):
-        if not accepts(value := kind(text)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-        return value
+        if accepts(value := kind(text)):
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
 
     return value
 
@@ -79,7 +76,6 @@ def parse_args(argv):
 
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
-        description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("data")
@@ -110,9 +106,8 @@ def parse_args(argv):
     add("--seed", seed, 0, "of the weights, the noise and the order of the images")
     add("--device", device, "auto", "auto, cpu, cuda, cuda:N or mps")
     group = parser.add_argument_group("output")
-    absent = argparse.SUPPRESS
-    add("--out-dir", str, absent, "a new folder for the run (runs/001, 002, ...)")
-    add("--resume", str, absent, "a run folder to go on with", metavar="RUN")
+    add("--out-dir", str, argparse.SUPPRESS, "a new folder (runs/001, 002, ...)")
+    add("--resume", str, argparse.SUPPRESS, "the run to go on with", metavar="RUN")
 
     settings = vars(parser.parse_args([]))
     # Parsed into a None for each, so that no default is filled in: the rest was given.
@@ -121,8 +116,9 @@ def parse_args(argv):
     state = None
     if "resume" in given:
         if extra := given.keys() - {"resume", "epochs", "device", "data_dir"}:
-            flag = min(extra).replace("_", "-")
-            parser.error(f"--resume takes the settings of the run: leave out --{flag}")
+            parser.error(
+                f"--resume: leave out --{min(extra).replace('_', '-')}, the run has it"
+            )
         path = Path(given["resume"], "checkpoint.pt")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -151,14 +147,11 @@ def load_data(args, may_fall_back):
             return [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in sets]
         except (OSError, *BROKEN) as error:
             reason = " ".join(str(error).split())
-        message = (
-            f"cannot get {args.dataset} from {args.data_dir} ({reason}): go online, "
-        )
-        message += "or put a copy there; delete it there if it is damaged"
-        absent = "ownload" in reason or "rlopen" in reason
-        if not (absent and may_fall_back):
+        message = f"no {args.dataset} in {args.data_dir} ({reason}): go online"
+        message += " to download it, or copy it there, or delete it if it is damaged"
+        if not may_fall_back or "ownload" not in reason:
             sys.exit(f"error: {message}")
-        sys.stderr.write(f"warning: {message}. Training on --dataset drawn for now\n")
+        sys.stderr.write(f"warning: {message}. Now training on --dataset drawn\n")
         args.dataset = "drawn"
     if args.dataset == "drawn":
         return draw_digits()
@@ -189,9 +182,8 @@ def draw_digits():
     font, templates = ImageFont.load_default(size=44), []
     for digit, stroke in itertools.product("0123456789", range(4)):
         image = Image.new("L", (56, 56))
-        ImageDraw.Draw(image).text(
-            (28, 28), digit, 255, font, "mm", stroke_width=stroke
-        )
+        draw = ImageDraw.Draw(image)
+        draw.text((28, 28), digit, 255, font, anchor="mm", stroke_width=stroke)
         templates.append(pil_to_tensor(image) / 255)
     n, random = DRAWN_TRAIN + DRAWN_TEST, torch.Generator().manual_seed(0)
     which = torch.randint(len(templates), (n,), generator=random)
@@ -214,18 +206,17 @@ def parzen(G, train_images, test_images):
     """
     z = torch.randn(10_000, G.z_dim, generator=torch.Generator().manual_seed(0))
     samples = G(z).flatten(1) / 2 + 0.5
-    validation = train_images[-10_000:][:1000].flatten(1) / 255
-    test = test_images.flatten(1) / 255
+    validation = train_images[-10_000:][:1000]
 
     def log_p(x, sigma):  # log of the mean over samples of N(x; sample, sigma^2 I)
         log_norm = samples.shape[1] * math.log(sigma * math.sqrt(2 * math.pi))
-        exponents = -torch.cdist(x, samples).square() / (2 * sigma**2)
+        exponents = -torch.cdist(x.flatten(1) / 255, samples).square() / (2 * sigma**2)
         return exponents.logsumexp(1) - math.log(len(samples)) - log_norm
 
     sigmas = torch.logspace(-1, 0, 10).tolist()
     sigma = max(sigmas, key=lambda sigma: log_p(validation, sigma).mean())
-    log_likelihood = torch.cat([log_p(x, sigma) for x in test.split(500)])
-    return log_likelihood.mean().item(), log_likelihood.std().item() / len(test) ** 0.5
+    scores = torch.cat([log_p(x, sigma) for x in test_images.split(500)])
+    return scores.mean().item(), scores.std().item() / len(scores) ** 0.5
 
 
 def write(path, data):
@@ -241,12 +232,12 @@ def write(path, data):
         temporary.unlink(missing_ok=True)
 
 
-def create_run(out_dir, checkpoint):
+def create_run(out_dir, save):
     """Make a run folder that never lacks a checkpoint and never replaces another."""
     new = Path(out_dir or "runs/001").parent / f".{os.getpid()}-{time.time_ns()}"
     new.mkdir(parents=True)
     try:
-        write(new / "checkpoint.pt", checkpoint)
+        save(new)
         for number in itertools.count(1):
             run = Path(out_dir or f"runs/{number:03}")
             with contextlib.suppress(OSError):  # of a rename to where a run is
@@ -342,12 +333,14 @@ def train(args, device, images, state=None):
         parts[name] = torch.optim.Adam(net.parameters(), args.lr, betas, fused=True)
     rng = torch if device.type == "cpu" else getattr(torch, device.type)
 
-    def checkpoint():
+    def save(folder):
         state.update({name: part.state_dict() for name, part in parts.items()})
         state.update(settings=vars(args), rng={device.type: rng.get_rng_state()})
-        file = io.BytesIO()
+        file, table = io.BytesIO(), io.StringIO()
         torch.save(state, file)
-        return file.getvalue()
+        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *state["history"]])
+        write(folder / "checkpoint.pt", file.getvalue())
+        write(folder / "losses.csv", table.getvalue().encode())
 
     if state:
         run = Path(args.resume)
@@ -356,14 +349,14 @@ def train(args, device, images, state=None):
                 part.load_state_dict(state[name])
             if device.type in state["rng"]:
                 rng.set_rng_state(state["rng"][device.type])
-            history, fixed_z = state["history"], state["fixed_z"].to(device)
         except BROKEN:
             sys.exit(f"error: {run}/checkpoint.pt does not fit its own settings")
+        save(run)
     else:
-        history, fixed_z = [], torch.randn(64, args.z_dim, device=device)
-        state = {"n_images": len(images), "history": history, "fixed_z": fixed_z}
-        state["G_arguments"] = G_arguments
-        run = create_run(getattr(args, "out_dir", None), checkpoint())
+        state = {"n_images": len(images), "history": [], "G_arguments": G_arguments}
+        state["fixed_z"] = torch.randn(64, args.z_dim, device=device)
+        run = create_run(getattr(args, "out_dir", None), save)
+    history, fixed_z = state["history"], state["fixed_z"].to(device)
 
     write(run / "real.png", png(images[:64] / 127.5 - 1))
     n_G, n_D = (sum(p.numel() for p in net.parameters()) for net in (G, D))
@@ -379,21 +372,17 @@ def train(args, device, images, state=None):
             means.append(time.perf_counter() - start)
             grid = parts["G_average"](fixed_z)
             if not all(map(math.isfinite, [*means, grid.sum()])):
-                sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
+                sys.exit(f"error: epoch {epoch} diverged, {done} is safe: lower --lr")
             history.append([epoch, *(round(mean, 6) for mean in means)])
             write(run / f"epoch_{epoch:03}.png", png(grid))
-            write(run / "checkpoint.pt", checkpoint())
+            save(run)
             done = epoch
-            table = io.StringIO()
-            csv.writer(table, lineterminator="\n").writerows([COLUMNS, *history])
-            write(run / "losses.csv", table.getvalue().encode())
             shown = [f"{k} {v:.3f}" for k, v in zip(COLUMNS[1:], means, strict=True)]
             left = means[-1] * (args.epochs - epoch) / 60
             print(f"\repoch {epoch}/{args.epochs}", *shown, f"{left:.0f} min left")
     except KeyboardInterrupt:
-        command = shlex.join(["python", "train_gan.py", "--resume", str(run)])
-        print(f"\nepoch {done} is safe; go on with: {command}", file=sys.stderr)
-        raise SystemExit(130) from None
+        command = f"python train_gan.py --resume {shlex.quote(str(run))}"
+        raise KeyboardInterrupt(f"epoch {done} is safe: {command}") from None
     finally:
         if done:
             write_gif(run, done)
@@ -406,16 +395,14 @@ def main(argv=None):
     auto = "cuda" if cuda else "mps" if mps else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     if not {"cuda": cuda, "mps": mps, "cpu": True}[device.type]:
-        sys.stderr.write(f"warning: no {device} here, so this trains on the CPU\n")
+        sys.stderr.write(f"warning: --device {device}: none here, training on cpu\n")
         device = torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32
     images, test_images = load_data(args, "dataset" not in given and not state)
     if state and len(images) != state["n_images"]:
-        sys.exit(
-            f"error: {args.dataset}: {len(images)} images, not {state['n_images']}"
-        )
+        sys.exit(f"error: {args.dataset} no longer has {state['n_images']} images")
     try:
         run, G = train(args, device, images, state)
     except OSError as error:  # a full disk, a folder that must not be written to
@@ -428,4 +415,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"\nstopped; {stop}\n")
+        sys.exit(130)
