@@ -116,9 +116,7 @@ def parse_args(argv):
     state = None
     if "resume" in given:
         if extra := given.keys() - {"resume", "epochs", "device", "data_dir"}:
-            parser.error(
-                f"--resume: leave out --{min(extra).replace('_', '-')}, the run has it"
-            )
+            parser.error(f"leave out --{min(extra).replace('_', '-')} with --resume")
         path = Path(given["resume"], "checkpoint.pt")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,7 +125,9 @@ def parse_args(argv):
             sys.exit(f"error: {path} is missing, damaged or not of this program")
     args = argparse.Namespace(**settings | given)
     if args.dataset not in [*DATASETS, "drawn"] and not os.path.isdir(args.dataset):
-        parser.error(f"--dataset: choose {', '.join(DATASETS)}, drawn or a folder")
+        parser.error(
+            f"--dataset {args.dataset}: no folder, {', '.join(DATASETS)}, drawn"
+        )
     if args.batch_size == 1 and args.batch_norm:
         parser.error("--batch-size 1: BatchNorm needs 2 or more, or --no-batch-norm")
     if 0 < torch.cuda.device_count() <= int(args.device.partition(":")[2] or 0):
