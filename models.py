@@ -26,7 +26,7 @@ class Generator(nn.Module):
         leak=0.2,
     ):
         super().__init__()
-        check_arguments([z_dim], hidden, image_shape, dropout)
+        check_arguments(z_dim, hidden, image_shape, dropout)
         self.z_dim, self.image_shape = z_dim, tuple(image_shape)
         widths = [z_dim, *hidden]
         self.net = nn.Sequential(
@@ -50,7 +50,7 @@ class Discriminator(nn.Module):
         self, hidden=(512, 256), image_shape=(1, 28, 28), dropout=0.0, leak=0.2
     ):
         super().__init__()
-        check_arguments([1], hidden, image_shape, dropout)
+        check_arguments(1, hidden, image_shape, dropout)
         widths = [prod(image_shape), *hidden]
         self.net = nn.Sequential(
             *hidden_layers(widths, False, dropout, leak), nn.Linear(widths[-1], 1)
@@ -74,9 +74,10 @@ def hidden_layers(widths, batch_norm, dropout, leak):
 
 
 def check_arguments(z_dim, hidden, image_shape, dropout):
-    for name, sizes in ("z_dim", z_dim), ("hidden", hidden), ("image_shape", image_shape):
-        if min(sizes, default=1) < 1 or name == "image_shape" and not sizes:
-            raise ValueError(f"{name} must be at least 1, got {sizes}")
+    sizes = {"z_dim": [z_dim], "hidden": hidden, "image_shape": image_shape or [0]}
+    for name, values in sizes.items():
+        if min(values, default=1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {values}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
@@ -86,6 +87,6 @@ def load_generator(path, map_location="cpu"):
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     state = torch.load(path, map_location=map_location, weights_only=True)
-    G = Generator(**state["G_arguments"]).to(map_location)
+    G = Generator(*state["G_arguments"]).to(map_location)
     G.load_state_dict(state["G_average"])
-    return G.eval()
+    return G.eval().requires_grad_(False)

@@ -126,7 +126,7 @@ def parse_args(argv):
     args = argparse.Namespace(**settings | given)
     if args.dataset not in [*DATASETS, "drawn"] and not os.path.isdir(args.dataset):
         parser.error(
-            f"--dataset {args.dataset}: no folder, {', '.join(DATASETS)}, drawn"
+            f"no --dataset {args.dataset}: {', '.join(DATASETS)}, drawn or a path"
         )
     if args.batch_size == 1 and args.batch_norm:
         parser.error("--batch-size 1: BatchNorm needs 2 or more, or --no-batch-norm")
@@ -147,9 +147,10 @@ def load_data(args, may_fall_back):
             return [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in sets]
         except (OSError, *BROKEN) as error:
             reason = " ".join(str(error).split())
-        message = f"no {args.dataset} in {args.data_dir} ({reason}): go online"
-        message += " to download it, or copy it there, or delete it if it is damaged"
-        if not may_fall_back or "ownload" not in reason:
+            absent = isinstance(error, OSError) or "Error downloading" in reason
+        message = f"no {args.dataset} in --data-dir {args.data_dir} ({reason})"
+        message += ": go online, put a copy there, or delete it there if it is damaged"
+        if not (absent and may_fall_back):
             sys.exit(f"error: {message}")
         sys.stderr.write(f"warning: {message}. Now training on --dataset drawn\n")
         args.dataset = "drawn"
