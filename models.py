@@ -46,9 +46,7 @@ class Discriminator(nn.Module):
     BatchNorm, so that each image is judged on its own. Arguments as in Generator.
     """
 
-    def __init__(
-        self, hidden=(512, 256), image_shape=(1, 28, 28), dropout=0.0, leak=0.2
-    ):
+    def __init__(self, hidden=(512, 256), image_shape=(1, 28, 28), dropout=0, leak=0.2):
         super().__init__()
         check_arguments(1, hidden, image_shape, dropout)
         widths = [prod(image_shape), *hidden]

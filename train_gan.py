@@ -38,6 +38,7 @@ DATASETS = {
     "kmnist": datasets.KMNIST,
     "cifar10": datasets.CIFAR10,
 }
+NAMES = [*DATASETS, "drawn"]
 DRAWN_TRAIN, DRAWN_TEST = 60_000, 10_000
 G_LOSSES = {
     "non-saturating": losses.generator_loss,
@@ -79,7 +80,7 @@ def parse_args(argv):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("data")
-    add("--dataset", str, "mnist", f"{', '.join(DATASETS)}, drawn, or a folder's path")
+    add("--dataset", str, "mnist", f"{', '.join(NAMES)}, or a folder's path")
     add("--data-dir", os.path.abspath, "data", "where data sets are, or will be put")
     add("--image-size", size, 28, "side in pixels that a folder's images are cut to")
     group = parser.add_argument_group("model")
@@ -108,7 +109,6 @@ def parse_args(argv):
     group = parser.add_argument_group("output")
     add("--out-dir", str, argparse.SUPPRESS, "a new folder (runs/001, 002, ...)")
     add("--resume", str, argparse.SUPPRESS, "the run to go on with", metavar="RUN")
-
     settings = vars(parser.parse_args([]))
     # Parsed into a None for each, so that no default is filled in: the rest was given.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings))))
@@ -124,10 +124,8 @@ def parse_args(argv):
         except (OSError, *BROKEN):
             sys.exit(f"error: {path} is missing, damaged or not of this program")
     args = argparse.Namespace(**settings | given)
-    if args.dataset not in [*DATASETS, "drawn"] and not os.path.isdir(args.dataset):
-        parser.error(
-            f"no --dataset {args.dataset}: {', '.join(DATASETS)}, drawn or a path"
-        )
+    if args.dataset not in NAMES and not os.path.isdir(args.dataset):
+        parser.error(f"--dataset {args.dataset}: not a folder, nor {', '.join(NAMES)}")
     if args.batch_size == 1 and args.batch_norm:
         parser.error("--batch-size 1: BatchNorm needs 2 or more, or --no-batch-norm")
     if 0 < torch.cuda.device_count() <= int(args.device.partition(":")[2] or 0):
@@ -149,7 +147,7 @@ def load_data(args, may_fall_back):
             reason = " ".join(str(error).split())
             absent = isinstance(error, OSError) or "Error downloading" in reason
         message = f"no {args.dataset} in --data-dir {args.data_dir} ({reason})"
-        message += ": go online, put a copy there, or delete it there if it is damaged"
+        message += ": go online to download it, copy it there, or delete a damaged copy"
         if not (absent and may_fall_back):
             sys.exit(f"error: {message}")
         sys.stderr.write(f"warning: {message}. Now training on --dataset drawn\n")
@@ -358,7 +356,6 @@ def train(args, device, images, state=None):
         state["fixed_z"] = torch.randn(64, args.z_dim, device=device)
         run = create_run(getattr(args, "out_dir", None), save)
     history, fixed_z = state["history"], state["fixed_z"].to(device)
-
     write(run / "real.png", png(images[:64] / 127.5 - 1))
     n_G, n_D = (sum(p.numel() for p in net.parameters()) for net in (G, D))
     print(f"{device}: {len(images):,} images {shape} of {args.dataset}; {run}")
