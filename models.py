@@ -23,7 +23,7 @@ class Generator(nn.Module):
         image_shape=(1, 28, 28),
         batch_norm=True,
         dropout=0.0,
-        leak=0.2,
+        leak=0.0,
     ):
         super().__init__()
         check_arguments(z_dim, hidden, image_shape, dropout)

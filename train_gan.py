@@ -90,7 +90,7 @@ def parse_args(argv):
     switch = {"action": argparse.BooleanOptionalAction}
     add("--batch-norm", None, True, "in G: keeps samples from growing alike", **switch)
     add("--dropout", part, 0.0, "share of units dropped, in both networks: weakens D")
-    add("--g-leak", weight, 0.2, "slope of G's LeakyReLU below 0; 0 is ReLU")
+    add("--g-leak", weight, 0.0, "slope of G's LeakyReLU below 0; 0 is ReLU")
     add("--d-leak", weight, 0.2, "of D's: above 0, G's gradient passes every unit")
     group = parser.add_argument_group("game")
     add("--loss", str, "non-saturating", "what G minimises", choices=[*G_LOSSES])
