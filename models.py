@@ -65,7 +65,7 @@ def hidden_layers(widths, batch_norm, dropout, leak):
         layers.append(nn.Linear(n_in, n_out, bias=not batch_norm))
         if batch_norm:
             layers.append(nn.BatchNorm1d(n_out))
-        layers.append(nn.LeakyReLU(leak))
+        layers.append(nn.LeakyReLU(leak, inplace=True))
         if dropout:
             layers.append(nn.Dropout(dropout))
     return layers

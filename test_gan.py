@@ -2,11 +2,27 @@
 
 import copy
 import csv
+import errno
 import itertools
 import math
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
 import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -40,6 +56,10 @@ def settings(*argv):
 
 def rows(run):
     return list(csv.DictReader(Path(run, "losses.csv").open()))
+
+
+def no_network(*_, **__):
+    raise URLError("no network")
 
 
 # ---------------------------------------------------------------------------- models
@@ -374,7 +394,10 @@ def test_neither_backward_touches_the_other_network(monkeypatch):
         changed = [
             k
             for k, v in grads().items()
-            if any(b is None or not torch.equal(a, b) for a, b in zip(v, before[k]))
+            if any(
+                a is not None and (b is None or not torch.equal(a, b))
+                for a, b in zip(v, before[k])
+            )
         ]
         seen.append(changed)
 
@@ -650,10 +673,6 @@ def test_drawn_digits_are_the_same_every_time_and_all_different():
     assert edge[14, 10:18].mean() > 5 * edge[0].mean(), "in the middle of the picture"
 
 
-def no_network(*_, **__):
-    raise OSError("<urlopen error no network>")
-
-
 def test_without_MNIST_it_says_so_and_draws(monkeypatch, capsys):
     monkeypatch.setattr(
         "torchvision.datasets.mnist.download_and_extract_archive", no_network
@@ -724,7 +743,8 @@ def test_a_gpu_of_a_wrong_number_is_an_error(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train_gan.main(["--dataset", "drawn", "--device", "cuda:2"])
     assert stop.value.code == 2
-    assert "--device cuda:2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--device" in error and "'cuda:2'" in error and error.count("\n") == 1
 
 
 @CUDA
@@ -770,3 +790,448 @@ def test_the_progress_line_is_for_terminals_only(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     train_gan.main(argv)
     assert "\rbatch 1 of 9 " in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------- what goes wrong
+
+
+SMALL = shlex.split(
+    "--image-size 8 --z-dim 4 --g-hidden 8 --d-hidden 8 --batch-size 16 --device cpu"
+)
+PARTS = ["G", "D", "G_average", "opt_G", "opt_D", "rng", "fixed_z"]
+KEYS = [*PARTS, "settings", "history", "n_images", "G_arguments"]
+RUN, OTHER_RUN = Path("runs/001"), Path("runs/002")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of 64 grey images."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(64):
+        pixels = random.Random(number).randbytes(64)
+        Image.frombytes("L", (8, 8), pixels).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch, capsys):
+    """Runs the program in an empty folder, offline: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gan, "DRAWN_TRAIN", 64)
+    monkeypatch.setattr(train_gan, "DRAWN_TEST", 16)
+    for name in "mnist", "cifar":
+        path = f"torchvision.datasets.{name}.download_and_extract_archive"
+        monkeypatch.setattr(path, no_network)
+
+    def run_main(*argv):
+        code = 0
+        with warnings.catch_warnings(record=True) as caught:
+            try:
+                train_gan.main([*map(str, argv)])
+            except SystemExit as stop:
+                code = stop.code or 0
+        if isinstance(code, str):  # as Python does with such an exit code
+            sys.stderr.write(f"{code}\n")
+            code = 1
+        sys.stderr.write("".join(f"{warning.message}\n" for warning in caught))
+        return code, *capsys.readouterr()
+
+    return run_main
+
+
+def assert_one_line(err, *words):
+    assert err.endswith("\n") and len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    assert all(str(word) in err for word in words), (err, words)
+
+
+def contents():
+    """Every file and folder below the working folder, with its bytes."""
+    paths = sorted(Path().rglob("*"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def load(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def plain(value):
+    """The value with lists in the place of tensors, so that == compares all of it."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_same_runs():
+    """Both have the same weights, pictures and losses.csv, but for its seconds."""
+    runs, n_epochs = (RUN, OTHER_RUN), len(load(RUN)["history"])
+    for part in PARTS:
+        first, second = (plain(load(run)[part]) for run in runs)
+        assert first == second, part
+    first, second = ({p.name: p.read_bytes() for p in r.glob("*.png")} for r in runs)
+    assert first == second and len(first) == n_epochs + 1  # and real.png
+    first, second = ((run / "losses.csv").read_text().splitlines() for run in runs)
+    assert first[0].endswith(",seconds") and len(first) == len(second) == n_epochs + 1
+    for line, other in zip(first, second, strict=True):
+        assert line.rpartition(",")[0] == other.rpartition(",")[0]
+
+
+# Each of the flags with each of the values is an error that has these words in it.
+BAD_VALUES = [
+    ("--epochs --batch-size --k --z-dim --image-size", "0 -1", "1 or more"),
+    ("--g-hidden --d-hidden", "0 -1", "1 or more"),
+    ("--lr", "0 -0.1 nan inf 1e999", "above 0"),
+    ("--beta1 --ema --dropout --label-noise", "-0.1 1 nan", "from 0 to below 1"),
+    ("--real-label", "0 -1 1.1 nan", "above 0, at most 1"),
+    ("--g-leak --d-leak --r1", "-0.1 nan inf", "finite number of 0 or more"),
+    ("--seed", f"-1 {2**63} {2**64}", "from 0 to 2^63 - 1"),
+    ("--epochs --lr --seed", "many", "'many'"),
+    ("--device", "tpu cuda:x cuda:-1 cuda:300 cuda:9999999999", "--device"),
+    ("--loss", "wasserstein", "minimax"),
+    ("--dataset", "nmist", "fashion-mnist"),
+    ("--batch-size", "1", "--no-batch-norm"),
+]
+BAD_ARGUMENTS = [
+    (f"{flag} {value}", 2, [flag, value, words])
+    for flags, values, words in BAD_VALUES
+    for flag in flags.split()
+    for value in values.split()
+]
+BAD_ARGUMENTS += [
+    ("--resume used --lr 0.001", 2, ["--lr", "--resume"]),
+    ("--resume used --dataset drawn", 2, ["--dataset", "--resume"]),
+    ("--resume used --no-batch-norm", 2, ["batch-norm", "--resume"]),
+    ("--resume used --out-dir new", 2, ["--out-dir", "--resume"]),
+    ("--resume used", 1, ["used/checkpoint.pt"]),
+    ("--resume missing --epochs 2", 1, ["missing/checkpoint.pt"]),
+    ("--dataset used", 1, ["used", "0 readable images"]),
+    ("--dataset lonely", 1, ["lonely", "1 readable image"]),
+    ("--out-dir used", 1, ["used", "--resume"]),
+    ("--out-dir notes.txt", 1, ["notes.txt"]),
+    ("--out-dir notes.txt/run", 1, ["notes.txt", "cannot write"]),
+    ("--dataset mnist --data-dir notes.txt", 1, ["mnist", "notes.txt"]),
+]
+
+
+@pytest.mark.parametrize("arguments, code, words", BAD_ARGUMENTS)
+def test_bad_arguments(main, images, arguments, code, words):
+    Path("lonely").mkdir()
+    shutil.copy(images / "00.png", "lonely")
+    Path("used/empty").mkdir(parents=True)
+    Path("notes.txt").write_text("mine")
+    before = contents()
+    argv = [*SMALL, "--dataset", images, "--epochs", 1]
+    argv = [] if "--resume" in arguments else argv
+    result, _, err = main(*argv, *arguments.split())
+    assert_one_line(err, *words)
+    assert result == code
+    assert contents() == before
+
+
+def write_mnist(folder):
+    """The four idx files, of 32 training and 16 test images."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, n in ("train", 32), ("t10k", 16):
+        data = struct.pack(">4i", 0x803, n, 28, 28) + random.Random(n).randbytes(
+            n * 784
+        )
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(data)
+        data = struct.pack(">2i", 0x801, n) + bytes(n)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(data)
+    return raw
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3", "t10k-labels-idx1"])
+@pytest.mark.parametrize("n_bytes", [-1, 20, 16, 6, 0, "other"])
+def test_damaged_mnist(main, tmp_path, name, n_bytes):
+    path = write_mnist(tmp_path / "data") / f"{name}-ubyte"
+    data = path.read_bytes()
+    path.write_bytes(b"\xff" * 400 if n_bytes == "other" else data[:n_bytes])
+    before = contents()
+    code, _, err = main(*SMALL, "--epochs", 1)  # not --dataset mnist: no drawn instead
+    assert code == 1
+    assert_one_line(err, tmp_path / "data", "delete")
+    assert contents() == before
+
+
+def test_mnist_run_goes_on_with_mnist_only(main, tmp_path):
+    write_mnist(tmp_path / "data")
+    code, out, err = main(*SMALL, "--epochs", 1)
+    assert (code, err) == (0, "") and "log-likelihood" in out
+    Path("data").rename("moved")
+    code, out, err = main("--resume", RUN, "--data-dir", "moved", "--epochs", 2)
+    assert (code, err) == (0, "") and "epoch 2/2" in out
+    for folder, words in ("moved", "delete"), ("empty", "go online"):
+        os.truncate("moved/MNIST/raw/train-images-idx3-ubyte", 100)
+        code, _, err = main("--resume", RUN, "--data-dir", folder, "--epochs", 3)
+        assert code == 1  # and no drawn digits in its place
+        assert_one_line(err, tmp_path / folder, words)
+
+
+def test_offline_run_goes_on_with_drawn(main, tmp_path):
+    code, out, err = main(*SMALL, "--epochs", 1)
+    assert code == 0 and "64 images [1, 28, 28] of drawn" in out
+    assert_one_line(err, "warning", "mnist", tmp_path / "data", "drawn")
+    shutil.rmtree("data")
+    write_mnist(tmp_path / "data")  # back online, but the run stays what it was
+    code, out, err = main("--resume", RUN, "--epochs", 2)
+    assert (code, err) == (0, "") and "64 images [1, 28, 28] of drawn" in out
+    assert main(*SMALL, "--dataset", "drawn", "--epochs", 2)[0] == 0
+    assert_same_runs()
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist", "cifar10"])
+def test_offline_with_a_named_data_set(main, tmp_path, name):
+    code, _, err = main(*SMALL, "--dataset", name)
+    assert code == 1 and not Path("runs").exists()
+    assert_one_line(err, name, tmp_path / "data", "go online")
+
+
+def test_folder_of_images_and_other_files(main, images):
+    shutil.copytree(images, "mixed")
+    Path("mixed/notes.txt").write_text("not an image")
+    Path("mixed/empty.jpg").touch()
+    Path("mixed/cut.png").write_bytes((images / "00.png").read_bytes()[:-30])
+    Path("mixed/more").mkdir()
+    shutil.copy(images / "00.png", "mixed/more")  # folders within are searched, too
+    code, out, err = main(*SMALL, "--dataset", "mixed", "--epochs", 1)
+    assert code == 0 and "65 images [1, 8, 8]" in out
+    assert_one_line(err, "warning", "mixed", "3 ")
+    assert load(RUN)["settings"]["dataset"] == str(Path("mixed").resolve())
+    # One more image, and the run cannot go on with its own data any longer.
+    Image.new("RGB", (9, 5), "red").save("mixed/red.png")
+    before = contents()
+    code, _, err = main("--resume", RUN, "--epochs", 2)
+    assert code == 1 and contents() == before
+    assert_one_line(err.splitlines(keepends=True)[-1], "mixed", "65 images")
+    # A single image in colour makes all of them three channels.
+    code, out, _ = main(*SMALL, "--dataset", "mixed", "--epochs", 1)
+    assert code == 0 and "66 images [3, 8, 8]" in out
+
+
+@pytest.mark.parametrize("good_epochs", [0, 2])
+@pytest.mark.parametrize("cause", ["loss", "lr"])
+def test_diverged(main, images, monkeypatch, good_epochs, cause):
+    argv, train_epoch = [*SMALL, "--dataset", images], train_gan.train_epoch
+
+    def diverge(args, images, epoch, *more, **parts):
+        if epoch > good_epochs and cause == "loss":
+            infinite = {args.loss: lambda logits: logits.sum() + torch.inf}
+            patch.setattr(train_gan, "G_LOSSES", infinite)
+        elif epoch > good_epochs:
+            parts["opt_G"].param_groups[0]["lr"] = 1e38
+        return train_epoch(args, images, epoch, *more, **parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gan, "train_epoch", diverge)
+        code, out, err = main(*argv, "--epochs", 3)
+    assert code == 1 and out.count("min left") == good_epochs
+    assert_one_line(err, f"epoch {good_epochs + 1} ", "diverged", "--lr")
+    assert load_generator(RUN)(torch.zeros(2, 4)).isfinite().all()
+    assert (RUN / "training.gif").exists() == bool(good_epochs)
+    # What is safe is as if nothing had gone wrong.
+    assert len(load(RUN)["history"]) == good_epochs == len([*RUN.glob("epoch_*")])
+    assert main("--resume", RUN, "--epochs", 3)[0] == 0
+    assert main(*argv, "--epochs", 3)[0] == 0
+    assert_same_runs()
+
+
+def test_lr_of_1e38_diverges(main, images):
+    code, _, err = main(*SMALL, "--dataset", images, "--lr", 1e38, "--epochs", 2)
+    assert code == 1
+    assert_one_line(err, "diverged", "--lr")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--k 1",
+        "--dropout 0.3 --label-noise 0.1 --k 2",
+        "--k 3 --loss minimax --ema 0 --beta1 0.5 --no-batch-norm --g-leak 0 --r1 0",
+    ],
+)
+def test_resume_is_bit_for_bit(main, images, extra):
+    argv = [*SMALL, "--dataset", images, *extra.split()]
+    assert main(*argv, "--epochs", 3)[0] == 0
+    assert main(*argv, "--epochs", 1)[0] == 0
+    (OTHER_RUN / "losses.csv").unlink()  # it is written anew
+    code, out, err = main("--resume", OTHER_RUN, "--epochs", 3)
+    assert (code, err) == (0, "") and "epoch 2/3" in out and "epoch 1/3" not in out
+    assert_same_runs()
+    assert Image.open(OTHER_RUN / "training.gif").n_frames > 1
+
+
+def test_nothing_left_to_train(main):
+    score = re.compile("log-likelihood of test images: .* nats")
+    first = main(*SMALL, "--dataset", "drawn", "--epochs", 1)[1]
+    before = {**load(RUN), "settings": None}
+    table = (RUN / "losses.csv").read_bytes()
+    (RUN / "losses.csv").unlink()
+    code, out, err = main("--resume", RUN)
+    assert (code, err) == (0, "") and "nothing left to train" in out
+    assert score.search(out)[0] == score.search(first)[0]
+    assert plain({**load(RUN), "settings": None}) == plain(before)
+    assert (RUN / "losses.csv").read_bytes() == table
+
+
+class Malicious:
+    """Makes a folder when something unpickles it that runs code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("marker",)
+
+
+def cut(state, part, name):
+    tensor = state[part][name]
+    return {**state, part: {**state[part], name: tensor[..., :-1].clone()}}
+
+
+# From the bytes and the content of a checkpoint, what is to be in its place.
+WRONG = {
+    "half": lambda data, state: data[: len(data) // 2],
+    "a byte less": lambda data, state: data[:-1],
+    "empty": lambda data, state: b"",
+    "random": lambda data, state: random.Random(0).randbytes(len(data)),
+    "cut pickle": lambda data, state: b"J",
+    "text": lambda data, state: b"epoch,loss_D\n1,2\n",
+    "pickle": lambda data, state: pickle.dumps({"settings": {}}),
+    "malicious pickle": lambda data, state: pickle.dumps(Malicious()),
+    "malicious": lambda data, state: Malicious(),
+    "malicious among ours": lambda data, state: {**state, "more": Malicious()},
+    "tensor": lambda data, state: torch.zeros(3),
+    "list": lambda data, state: [state],
+    "foreign": lambda data, state: {"model": state["G"], "epoch": 3},
+    "foreign settings": lambda data, state: {"settings": {"dataset": "drawn"}},
+    "weight": lambda data, state: cut(state, "G", "net.0.weight"),
+    "bias of D": lambda data, state: cut(state, "D", "net.0.bias"),
+    "average": lambda data, state: cut(state, "G_average", "net.0.weight"),
+    "noise": lambda data, state: {**state, "fixed_z": state["fixed_z"][:, 1:].clone()},
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, *KEYS])
+def test_wrong_checkpoint(main, images, wrong):
+    assert main(*SMALL, "--dataset", images, "--epochs", 1)[0] == 0
+    path, state = RUN / "checkpoint.pt", load(RUN)
+    if wrong in WRONG:
+        state = WRONG[wrong](path.read_bytes(), state)
+    else:
+        del state[wrong]
+    path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
+    if "malicious" in wrong:  # it does run code, where it is let in
+        with suppress(RuntimeError):
+            torch.load(path, weights_only=False)
+        Path("marker").rmdir()
+    before = contents()
+    code, _, err = main("--resume", RUN, "--epochs", 2)
+    assert code == 1
+    assert_one_line(err, path)
+    assert contents() == before  # with no marker in it
+
+
+# Of a run of 2 epochs: checkpoint, CSV, real.png; twice picture, checkpoint, CSV; GIF.
+@pytest.mark.parametrize("good_writes", [0, 1, 2, 6, 7, 8, 9])
+def test_full_disk(main, images, monkeypatch, good_writes):
+    argv, fsync, left = [*SMALL, "--dataset", images], os.fsync, [None] * good_writes
+
+    def full(file):
+        fsync(file)
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, _, err = main(*argv, "--epochs", 2)
+    assert code == 1
+    assert_one_line(err, "No space left on device")
+    assert not [*Path().rglob("*.tmp")]
+    if good_writes < 3:  # before the first batch: as if it had never been started
+        assert not [*Path("runs").iterdir()]
+        return
+    assert load_generator(RUN)(torch.zeros(2, 4)).isfinite().all()
+    assert len(load(RUN)["history"]) == (1 if good_writes < 8 else 2)
+    assert main("--resume", RUN, "--epochs", 3)[0] == 0
+    assert main(*argv, "--epochs", 3)[0] == 0
+    assert_same_runs()
+
+
+def test_write_never_changes_a_file_in_place(tmp_path):
+    path, same_file = tmp_path / "file", tmp_path / "same file"
+    path.write_bytes(b"old")
+    same_file.hardlink_to(path)
+    train_gan.write(path, b"new")
+    assert path.read_bytes() == b"new" and same_file.read_bytes() == b"old"
+    assert sorted(tmp_path.iterdir()) == [path, same_file]
+
+
+def start(*argv):
+    """The program as a process of its own, in the working folder."""
+    return subprocess.Popen(
+        [sys.executable, train_gan.__file__, *map(str, argv)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    """Return as soon as the process has made the file."""
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+
+
+def test_killed_at_random_moments(main, images):
+    argv, delays = [*SMALL, "--dataset", images, "--epochs", 40], random.Random(0)
+    commands, reached = [argv, ["--resume", RUN], ["--resume", RUN]], 0
+    for command in commands:
+        process = start(*command)
+        wait_for(RUN / f"epoch_{reached + 1:03}.png", process)
+        time.sleep(delays.uniform(0, 0.1))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and process.stderr.read() == ""
+        reached = len(load(RUN)["history"])
+    assert reached < 40
+    assert main("--resume", RUN)[0] == 0
+    assert main(*argv)[0] == 0
+    assert_same_runs()
+    assert not [*RUN.glob("*.tmp")]
+
+
+def test_ctrl_c(main, images):
+    # Not ignored in the process, even where pytest itself runs in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run = Path("my runs/one")
+    process = start(*SMALL, "--dataset", images, "--epochs", 9999, "--out-dir", run)
+    wait_for(run / "epoch_002.png", process)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1].lstrip()
+    assert process.returncode == 130
+    assert_one_line(err)
+    safe, command = re.fullmatch(r".*epoch (\d+) is safe: (.*)\n", err).groups()
+    epochs = int(safe)
+    assert epochs <= len(load(run)["history"]) <= epochs + 1
+    assert Image.open(run / "training.gif").n_frames > 0
+    python, program, *argv = shlex.split(command)
+    assert (python, program, argv) == ("python", "train_gan.py", ["--resume", str(run)])
+    assert f"epoch {epochs + 2}/{epochs + 2} " in main(*argv, "--epochs", epochs + 2)[1]
+
+
+def test_runs_started_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    barrier = threading.Barrier(8, timeout=10)
+
+    def save(folder):
+        (folder / "checkpoint.pt").write_text(folder.name)
+        barrier.wait()  # so that all of them take a number at once
+
+    with ThreadPoolExecutor(8) as pool:
+        runs = [*pool.map(lambda _: train_gan.create_run(None, save), range(8))]
+    assert sorted(runs) == [Path(f"runs/{n:03}") for n in range(1, 9)]
+    assert sorted(Path("runs").iterdir()) == sorted(runs)
+    assert len({(run / "checkpoint.pt").read_text() for run in runs}) == 8

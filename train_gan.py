@@ -13,24 +13,23 @@ import itertools
 import math
 import os
 import pickle
-import re
 import shlex
 import shutil
 import socket
+import struct
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import save_image
+from torchvision import datasets, transforms, utils
 
 import losses
-from models import Discriminator, Generator
+from models import Discriminator, Generator, load_generator
 
 DATASETS = {
     "mnist": datasets.MNIST,
@@ -45,20 +44,20 @@ G_LOSSES = {
     "minimax": losses.minimax_generator_loss,
 }
 BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
-BROKEN += (AssertionError, pickle.UnpicklingError)  # what reading a bad file raises
+BROKEN += (AssertionError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
 R1_EVERY = 4  # the penalty costs half a step: take it every 4th step, 4 times as heavy
 COLUMNS = ["epoch", "loss_D", "loss_G", "D_x", "D_G_z1", "D_G_z2", "acc_D", "seconds"]
 
 
 def checked(kind, accepts, words):
-    """An argparse type: the values that `accepts` is true of, or an error in words."""
+    """An argparse type: the numbers that are accepted, and in words for an error."""
 
-    def value(text):
+    def number(text):
         if accepts(value := kind(text)):
             return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
 
-    return value
+    return number
 
 
 def parse_args(argv):
@@ -69,8 +68,8 @@ def parse_args(argv):
     label = checked(float, lambda v: 0 < v <= 1, "a number above 0, at most 1")
     rate = checked(float, lambda v: 0 < v < math.inf, "a finite number above 0")
     weight = checked(float, lambda v: 0 <= v < math.inf, "a finite number of 0 or more")
-    names = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-    device = checked(str, names.fullmatch, "auto, cpu, cuda, cuda:N or mps")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count() or 16)]
+    devices = ["auto", "cpu", "mps", "cuda", *gpus]
 
     def add(flag, type, default, help, **more):
         group.add_argument(flag, type=type, default=default, help=help, **more)
@@ -105,7 +104,7 @@ def parse_args(argv):
     add("--beta1", part, 0.0, "Adam's momentum: in a game, it overshoots")
     add("--ema", part, 0.999, "decay of the averaged generator that is shown; 0 is off")
     add("--seed", seed, 0, "of the weights, the noise and the order of the images")
-    add("--device", device, "auto", "auto, cpu, cuda, cuda:N or mps")
+    add("--device", str, "auto", "cuda, mps or cpu", choices=devices, metavar="D")
     group = parser.add_argument_group("output")
     add("--out-dir", str, argparse.SUPPRESS, "a new folder (runs/001, 002, ...)")
     add("--resume", str, argparse.SUPPRESS, "the run to go on with", metavar="RUN")
@@ -119,7 +118,9 @@ def parse_args(argv):
             parser.error(f"leave out --{min(extra).replace('_', '-')} with --resume")
         path = Path(given["resume"], "checkpoint.pt")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path):  # or else it is not of torch.save
+                state = dict(torch.load(path, map_location="cpu", weights_only=True))
+            state["n_images"], state["history"]  # or else it is not of this program
             settings |= state["settings"]
         except (OSError, *BROKEN):
             sys.exit(f"error: {path} is missing, damaged or not of this program")
@@ -128,8 +129,6 @@ def parse_args(argv):
         parser.error(f"--dataset {args.dataset}: not a folder, nor {', '.join(NAMES)}")
     if args.batch_size == 1 and args.batch_norm:
         parser.error("--batch-size 1: BatchNorm needs 2 or more, or --no-batch-norm")
-    if 0 < torch.cuda.device_count() <= int(args.device.partition(":")[2] or 0):
-        parser.error(f"--device {args.device}: there is no GPU of this number")
     return args, given, state
 
 
@@ -164,7 +163,7 @@ def load_folder(folder, size):
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         try:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-            images.append(pil_to_tensor(ImageOps.fit(image, (size, size))))
+            images.append(transforms.PILToTensor()(ImageOps.fit(image, (size, size))))
         except (OSError, SyntaxError, Image.DecompressionBombError, *BROKEN):
             skipped += 1
     if skipped:
@@ -183,7 +182,7 @@ def draw_digits():
         image = Image.new("L", (56, 56))
         draw = ImageDraw.Draw(image)
         draw.text((28, 28), digit, 255, font, anchor="mm", stroke_width=stroke)
-        templates.append(pil_to_tensor(image) / 255)
+        templates.append(transforms.PILToTensor()(image) / 255)
     n, random = DRAWN_TRAIN + DRAWN_TEST, torch.Generator().manual_seed(0)
     which = torch.randint(len(templates), (n,), generator=random)
     # A matrix near the identity rotates, scales and shears; the last column shifts.
@@ -200,8 +199,7 @@ def draw_digits():
 def parzen(G, train_images, test_images):
     """Parzen-window log-likelihood of the test images (Goodfellow et al. 2014, sec. 5).
 
-    A Gaussian on each of 10,000 samples of G, as wide as suits the validation images
-    best. uint8 images, G on the CPU -> mean, standard error; nats, pixels in [0, 1].
+    uint8 images, G on the CPU -> mean and standard error in nats, pixels in [0, 1].
     """
     z = torch.randn(10_000, G.z_dim, generator=torch.Generator().manual_seed(0))
     samples = G(z).flatten(1) / 2 + 0.5
@@ -250,7 +248,7 @@ def create_run(out_dir, save):
 def png(images):
     """A grid of images in [-1, 1], eight in a row, as the bytes of a PNG file."""
     file = io.BytesIO()
-    save_image(images, file, "png", nrow=8, normalize=True, value_range=(-1, 1))
+    utils.save_image(images, file, "png", nrow=8, normalize=True, value_range=(-1, 1))
     return file.getvalue()
 
 
@@ -279,16 +277,15 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
         # detach(): D's step ends at the images. Without it, backward() would go on into
-        # G, and free the graph that G's own step needs below.
-        logits = D(torch.cat([x, fake.detach()]))  # each row on its own: no BatchNorm
-        real_logits, fake_logits = logits.split(len(x))
+        # G, and free the graph that G's own step needs. (No BatchNorm in D: one pass.)
+        real_logits, fake_logits = D(torch.cat([x, fake.detach()])).split(len(x))
         labels = args.real_label, args.label_noise
         loss_D = losses.discriminator_loss(real_logits, fake_logits, *labels)
         if args.r1 and step % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
-        opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
+        opt_D.zero_grad()  # here, the memory is still in the cache for G's step
         D_log.append([t.detach().flatten() for t in (loss_D, real_logits, fake_logits)])
         if step % args.k and step < len(batches):
             continue
@@ -297,11 +294,10 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         # new noise here; the same noise saves a pass through G.
         fake_logits = D(fake)
         loss_G = G_LOSSES[args.loss](fake_logits)
-        opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))  # through D, not into its weights
         opt_G.step()
+        opt_G.zero_grad()
         G_log.append([t.detach().flatten() for t in (loss_G, fake_logits)])
-
         # (3) Average G's weights: the last steps for a young G, more of them later on.
         G_step += 1
         decay = min(args.ema, (1 + G_step) / (10 + G_step))
@@ -338,12 +334,15 @@ def train(args, device, images, state=None):
         file, table = io.BytesIO(), io.StringIO()
         torch.save(state, file)
         csv.writer(table, lineterminator="\n").writerows([COLUMNS, *state["history"]])
+        if not state["history"]:
+            write(folder / "real.png", png(images[:64] / 127.5 - 1))
         write(folder / "checkpoint.pt", file.getvalue())
         write(folder / "losses.csv", table.getvalue().encode())
 
     if state:
         run = Path(args.resume)
         try:
+            load_generator(run)(state["fixed_z"])  # a test that they fit
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             if device.type in state["rng"]:
@@ -356,7 +355,6 @@ def train(args, device, images, state=None):
         state["fixed_z"] = torch.randn(64, args.z_dim, device=device)
         run = create_run(getattr(args, "out_dir", None), save)
     history, fixed_z = state["history"], state["fixed_z"].to(device)
-    write(run / "real.png", png(images[:64] / 127.5 - 1))
     n_G, n_D = (sum(p.numel() for p in net.parameters()) for net in (G, D))
     print(f"{device}: {len(images):,} images {shape} of {args.dataset}; {run}")
     print(f"parameters: G {n_G:,}, D {n_D:,}")
@@ -400,11 +398,12 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")  # TF32
     images, test_images = load_data(args, "dataset" not in given and not state)
     if state and len(images) != state["n_images"]:
-        sys.exit(f"error: {args.dataset} no longer has {state['n_images']} images")
+        count = f"{len(images)} images now, not the {state['n_images']} images it had"
+        sys.exit(f"error: {args.dataset} has {count}: put the old ones back")
     try:
         run, G = train(args, device, images, state)
     except OSError as error:  # a full disk, a folder that must not be written to
-        sys.exit(f"error: cannot write: {error}. The last epoch is safe: see --resume")
+        sys.exit(f"error: cannot write: {error}; make room, then --resume the run")
     if test_images is not None:
         mean, error = parzen(G.cpu(), images, test_images)
         paper = " (Goodfellow et al. 2014: 225 +- 2)" if args.dataset == "mnist" else ""
