@@ -102,7 +102,7 @@ def parse_args(argv):
     add("--batch-size", size, 128, "images for each step")
     add("--lr", rate, 1e-3, "Adam's step size: too large, and the game goes in circles")
     add("--beta1", part, 0.0, "Adam's momentum: in a game, it overshoots")
-    add("--ema", part, 0.999, "decay of the averaged generator that is shown; 0 is off")
+    add("--ema", part, 0.9999, "decay of the averaged generator that is shown, 0: off")
     add("--seed", seed, 0, "of the weights, the noise and the order of the images")
     add("--device", str, "auto", "cuda, mps or cpu", choices=devices, metavar="D")
     group = parser.add_argument_group("output")
