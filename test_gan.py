@@ -3,6 +3,7 @@
 import copy
 import csv
 import errno
+import importlib.util
 import itertools
 import math
 import os
@@ -507,7 +508,7 @@ def test_the_command_from_end_to_end(capsys):
         assert float(row["loss_D"]) > 0 and float(row["seconds"]) > 0
     out = capsys.readouterr().out
     assert out.isascii() and "300 images" in out and "runs/001" in out
-    assert out.count("epoch 3/3") == 3 and "nats" in out and "\rbatch" not in out
+    assert out.count("epoch 3/3") == 3 and "nats" in out and "\r" not in out
     # the same seed gives the same run, another seed another one
     assert same(run_weights("runs/001"), run_weights("elsewhere/mine"))
     assert not same(run_weights("runs/001"), run_weights("runs/002"))
@@ -789,7 +790,7 @@ def test_the_progress_line_is_for_terminals_only(monkeypatch, capsys):
     assert "batch" not in capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     train_gan.main(argv)
-    assert "\rbatch 1 of 9 " in capsys.readouterr().out
+    assert "batch 1 of 9\r" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------- what goes wrong
@@ -1235,3 +1236,95 @@ def test_runs_started_together(tmp_path, monkeypatch):
     assert sorted(runs) == [Path(f"runs/{n:03}") for n in range(1, 9)]
     assert sorted(Path("runs").iterdir()) == sorted(runs)
     assert len({(run / "checkpoint.pt").read_text() for run in runs}) == 8
+
+
+# ------------------------------------------------------------------------------- README
+
+
+README = (Path(train_gan.__file__).parent / "README.md").read_text()
+SYSTEMS = {  # what ../shared/SYSTEMS.md publishes; None: not published
+    "A": (
+        [64, 128, 256, 512, 1024],
+        0.0,
+        True,
+        [512, 256, 128],
+        0.2,
+        0.0,
+        1e-5,
+        128,
+        100,
+    ),
+    "B": (
+        [100, 256, 512, 1024],
+        0.01,
+        False,
+        [1024, 512, 256],
+        0.01,
+        0.2,
+        None,
+        None,
+        None,
+    ),
+    "C": (None, None, None, None, None, None, None, None, None),
+    "D": ([64, 256, 256], 0.0, False, [256, 256], 0.2, 0.0, 2e-4, 100, 300),
+    "E": (None, None, None, None, None, None, None, None, 40),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_five_systems_of_the_readme(system):
+    """Their networks, loss and optimiser by flags alone, and they run."""
+    g, g_leak, norm, d, d_leak, dropout, lr, batch_size, epochs = SYSTEMS[system]
+    row = re.search(
+        rf"^\| {system}\. .*`python train_gan.py (.*)` \|$", README, re.MULTILINE
+    )
+    argv = shlex.split(row[1])
+    train_gan.main([*argv, "--epochs", "1", "--dataset", "drawn", "--device", "cpu"])
+    args = settings(*argv, "--dataset", "drawn")
+    state = torch.load("runs/001/checkpoint.pt", weights_only=True)
+    for name, layers in ("G", load_generator("runs/001").net), ("D", None):
+        sizes = [v.shape for k, v in state[name].items() if v.dim() == 2]
+        widths = [shape[1] for shape in sizes] + [sizes[-1][0]]
+        if g:
+            assert widths == ([*g, 784] if name == "G" else [784, *d, 1])
+        if layers and g:
+            kinds = [type(layer).__name__ for layer in layers]
+            assert ("BatchNorm1d" in kinds) == norm
+            assert kinds.count("Dropout") == (len(g) - 1 if dropout else 0)
+            slopes = {m.negative_slope for m in layers if isinstance(m, nn.LeakyReLU)}
+            assert slopes == {g_leak} and kinds[-1] == "Tanh"
+    for optimiser in ("opt_G", "opt_D"):
+        (group,) = state[optimiser]["param_groups"]
+        assert group["betas"] == (0.9, 0.999) and group["lr"] == (lr or 2e-4)
+    if d:
+        assert (args.d_leak, args.dropout) == (d_leak, dropout)
+    assert args.batch_size == (batch_size or 128) and args.epochs == (epochs or 40)
+    assert (args.loss, args.k, args.real_label) == ("non-saturating", 1, 1.0)
+    assert (args.ema, args.r1) == (0.0, 0.0), "none of them has either"
+    assert (args.label_noise > 0) == (system == "C")
+
+
+def test_the_python_of_the_readme(monkeypatch):
+    """Each fenced block, one after the other, beside a run."""
+    train_gan.main(["--dataset", "drawn", "--epochs", "2", *TINY])
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        if "pandas" in block:
+            if not all(map(importlib.util.find_spec, ("pandas", "matplotlib"))):
+                continue  # neither is needed for anything else
+            monkeypatch.setenv("MPLBACKEND", "agg")
+        exec(block, names)
+    assert Image.open("samples.png").size == (4 * 30 + 2, 4 * 30 + 2)
+    assert Image.open("walk.png").size == (10 * 30 + 2, 32)
+
+
+def test_the_readme_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        train_gan.main(["--help"])
+    flags = set(re.findall(r"(--[a-z][a-z0-9-]*)", capsys.readouterr().out))
+    flags -= {"--help"}
+    table = README[README.index("## All flags") :]
+    missing = {flag for flag in flags if f"`{flag}`" not in table}
+    assert not missing and len(flags) > 24

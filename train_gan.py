@@ -255,7 +255,8 @@ def png(images):
 def write_gif(run, epochs):
     """training.gif: the grids of at most 100 epochs, the last one held longer."""
     shown = reversed(range(epochs, 0, -math.ceil(epochs / 100)))
-    first, *rest = [Image.open(run / f"epoch_{epoch:03}.png") for epoch in shown]
+    paths = [run / f"epoch_{epoch:03}.png" for epoch in shown]
+    first, *rest = [Image.open(path) for path in paths if path.exists()]
     file, times = io.BytesIO(), [150] * len(rest) + [3000]  # milliseconds
     first.save(file, "gif", save_all=True, append_images=rest, duration=times, loop=0)
     write(run / "training.gif", file.getvalue())
@@ -304,7 +305,7 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         get_ema_multi_avg_fn(decay)(average, current, None)
         if sys.stdout.isatty() and time.perf_counter() > shown + 1:
             shown = time.perf_counter()
-            print(f"\rbatch {step} of {len(batches)} ", end="", flush=True)
+            print(f"batch {step} of {len(batches)}", end="\r", flush=True)
 
     loss_D, real, fake = map(torch.cat, zip(*D_log, strict=True))
     loss_G, fake_after = map(torch.cat, zip(*G_log, strict=True))
@@ -375,7 +376,7 @@ def train(args, device, images, state=None):
             done = epoch
             shown = [f"{k} {v:.3f}" for k, v in zip(COLUMNS[1:], means, strict=True)]
             left = means[-1] * (args.epochs - epoch) / 60
-            print(f"\repoch {epoch}/{args.epochs}", *shown, f"{left:.0f} min left")
+            print(f"epoch {epoch}/{args.epochs}", *shown, f"{left:.0f} min left")
     except KeyboardInterrupt:
         command = f"python train_gan.py --resume {shlex.quote(str(run))}"
         raise KeyboardInterrupt(f"epoch {done} is safe: {command}") from None
