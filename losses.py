@@ -1,4 +1,4 @@
-"""The losses of the game, on logits: D(x) = sigmoid(logit). Each is a batch mean, in nats.
+"""The losses of the game, on logits: D(x) = sigmoid(logit). Each is a batch mean.
 
 log D = logsigmoid(logit) and log(1 - D) = logsigmoid(-logit), which stay finite where
 the logarithm of a rounded sigmoid would be -inf.
@@ -49,7 +49,7 @@ def minimax_generator_loss(fake_logits):
 
 
 def r1_penalty(D, x):
-    """1/2 E[|grad_x D(x)|^2] on real images, D as a logit (Mescheder et al. 2018, eq. 9).
+    """1/2 E[|grad_x D(x)|^2] on real x, D as a logit (Mescheder et al. 2018, eq. 9).
 
     Images (N, C, H, W) in [-1, 1] -> scalar. It keeps D smooth around the data, so
     that the game settles instead of circling. D must not mix the images of a batch.

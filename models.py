@@ -1,4 +1,4 @@
-"""The two networks: plain multilayer perceptrons, as in Goodfellow et al. 2014."""
+"""The two networks: plain multilayer perceptrons, with the layers of today."""
 
 from itertools import pairwise
 from math import prod

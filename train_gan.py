@@ -43,14 +43,14 @@ G_LOSSES = {
     "non-saturating": losses.generator_loss,
     "minimax": losses.minimax_generator_loss,
 }
-BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
-BROKEN += (AssertionError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
+DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
+DAMAGED += (AssertionError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
 R1_EVERY = 4  # the penalty costs half a step: take it every 4th step, 4 times as heavy
 COLUMNS = ["epoch", "loss_D", "loss_G", "D_x", "D_G_z1", "D_G_z2", "acc_D", "seconds"]
 
 
 def checked(kind, accepts, words):
-    """An argparse type: the numbers that are accepted, and in words for an error."""
+    """An argparse type: kind(text) where that is accepted, else an error in words."""
 
     def number(text):
         if accepts(value := kind(text)):
@@ -122,7 +122,7 @@ def parse_args(argv):
                 state = dict(torch.load(path, map_location="cpu", weights_only=True))
             state["n_images"], state["history"]  # or else it is not of this program
             settings |= state["settings"]
-        except (OSError, *BROKEN):
+        except (OSError, *DAMAGED):
             sys.exit(f"error: {path} is missing, damaged or not of this program")
     args = argparse.Namespace(**settings | given)
     if args.dataset not in NAMES and not os.path.isdir(args.dataset):
@@ -142,7 +142,7 @@ def load_data(args, may_fall_back):
             sets = [torch.as_tensor(part.data) for part in sets]
             # (N, H, W), or (N, H, W, C) of CIFAR-10 -> (N, C, H, W)
             return [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in sets]
-        except (OSError, *BROKEN) as error:
+        except (OSError, *DAMAGED) as error:
             reason = " ".join(str(error).split())
             absent = isinstance(error, OSError) or "Error downloading" in reason
         message = f"no {args.dataset} in --data-dir {args.data_dir} ({reason})"
@@ -164,7 +164,7 @@ def load_folder(folder, size):
         try:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
             images.append(transforms.PILToTensor()(ImageOps.fit(image, (size, size))))
-        except (OSError, SyntaxError, Image.DecompressionBombError, *BROKEN):
+        except (OSError, SyntaxError, Image.DecompressionBombError, *DAMAGED):
             skipped += 1
     if skipped:
         sys.stderr.write(f"warning: {folder}: {skipped} unreadable files skipped\n")
@@ -267,8 +267,8 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
     D_log, G_log, shown = [], [], time.perf_counter()
     pairs = zip(G_average.state_dict().values(), G.state_dict().values(), strict=True)
     average, current = zip(*[p for p in pairs if p[0].is_floating_point()], strict=True)
-    # The whole set is one uint8 tensor on the device and a batch a slice of it in random
-    # order: a DataLoader that decodes image by image takes N times as long.
+    # The whole set is one uint8 tensor on the device, a batch a slice of it in random
+    # order: a DataLoader, image by image, takes 100 times as long to give an epoch.
     order = torch.randperm(len(images), device=images.device)
     batches = images[order].tensor_split(max(1, len(images) // args.batch_size))
     G_step = (epoch - 1) * math.ceil(len(batches) / args.k)
@@ -277,29 +277,29 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         x = batch / 127.5 - 1  # uint8 -> [-1, 1], the range of G's tanh
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
-        # detach(): D's step ends at the images. Without it, backward() would go on into
-        # G, and free the graph that G's own step needs. (No BatchNorm in D: one pass.)
+        # detach() ends D's step at the images: else backward() would go on into G and
+        # free the graph that G's step needs. No BatchNorm in D, so one pass for both.
         real_logits, fake_logits = D(torch.cat([x, fake.detach()])).split(len(x))
         labels = args.real_label, args.label_noise
         loss_D = losses.discriminator_loss(real_logits, fake_logits, *labels)
-        if args.r1 and step % R1_EVERY == 0:
+        D_log.append([t.detach().flatten() for t in (loss_D, real_logits, fake_logits)])
+        if args.r1 and ((epoch - 1) * len(batches) + step) % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         loss_D.backward()
         opt_D.step()
-        opt_D.zero_grad()  # here, the memory is still in the cache for G's step
-        D_log.append([t.detach().flatten() for t in (loss_D, real_logits, fake_logits)])
+        opt_D.zero_grad()  # already here: G's step can use the memory again
         if step % args.k and step < len(batches):
             continue
 
-        # (2) Update G: maximise log D(G(z)), on the fakes of D's step. Algorithm 1 draws
-        # new noise here; the same noise saves a pass through G.
+        # (2) Update G: maximise log D(G(z)), on D's fakes: Algorithm 1 draws new noise
+        # here, but the same noise saves a pass through G.
         fake_logits = D(fake)
         loss_G = G_LOSSES[args.loss](fake_logits)
         loss_G.backward(inputs=list(G.parameters()))  # through D, not into its weights
         opt_G.step()
         opt_G.zero_grad()
         G_log.append([t.detach().flatten() for t in (loss_G, fake_logits)])
-        # (3) Average G's weights: the last steps for a young G, more of them later on.
+        # (3) Average G's weights over about the last ninth of its steps so far.
         G_step += 1
         decay = min(args.ema, (1 + G_step) / (10 + G_step))
         get_ema_multi_avg_fn(decay)(average, current, None)
@@ -348,7 +348,7 @@ def train(args, device, images, state=None):
                 part.load_state_dict(state[name])
             if device.type in state["rng"]:
                 rng.set_rng_state(state["rng"][device.type])
-        except BROKEN:
+        except DAMAGED:
             sys.exit(f"error: {run}/checkpoint.pt does not fit its own settings")
         save(run)
     else:
@@ -369,19 +369,19 @@ def train(args, device, images, state=None):
             means.append(time.perf_counter() - start)
             grid = parts["G_average"](fixed_z)
             if not all(map(math.isfinite, [*means, grid.sum()])):
-                sys.exit(f"error: epoch {epoch} diverged, {done} is safe: lower --lr")
+                sys.exit(f"error: epoch {epoch} diverged: start anew with a lower --lr")
             history.append([epoch, *(round(mean, 6) for mean in means)])
             write(run / f"epoch_{epoch:03}.png", png(grid))
             save(run)
             done = epoch
-            shown = [f"{k} {v:.3f}" for k, v in zip(COLUMNS[1:], means, strict=True)]
+            shown = [f"{n} {v:.3f}" for n, v in zip(COLUMNS[1:], means, strict=True)]
             left = means[-1] * (args.epochs - epoch) / 60
             print(f"epoch {epoch}/{args.epochs}", *shown, f"{left:.0f} min left")
     except KeyboardInterrupt:
         command = f"python train_gan.py --resume {shlex.quote(str(run))}"
         raise KeyboardInterrupt(f"epoch {done} is safe: {command}") from None
     finally:
-        if done:
+        if (run / f"epoch_{done:03}.png").exists():
             write_gif(run, done)
     return run, parts["G_average"]
 
