@@ -203,16 +203,17 @@ def parzen(G, train_images, test_images):
     """
     z = torch.randn(10_000, G.z_dim, generator=torch.Generator().manual_seed(0))
     samples = G(z).flatten(1) / 2 + 0.5
-    validation = train_images[-10_000:][:1000]
+    validation = torch.cdist(train_images[-10_000:][:1000].flatten(1) / 255, samples)
+    test = (torch.cdist(x.flatten(1) / 255, samples) for x in test_images.split(1000))
 
-    def log_p(x, sigma):  # log of the mean over samples of N(x; sample, sigma^2 I)
-        log_norm = samples.shape[1] * math.log(sigma * math.sqrt(2 * math.pi))
-        exponents = -torch.cdist(x.flatten(1) / 255, samples).square() / (2 * sigma**2)
-        return exponents.logsumexp(1) - math.log(len(samples)) - log_norm
+    def log_p(distances, sigma):  # log of the mean of N(x; sample, sigma^2 I)
+        norm = samples.shape[1] * math.log(sigma * math.sqrt(2 * math.pi))
+        log_sum = (distances.square() / (-2 * sigma**2)).logsumexp(1)
+        return log_sum - math.log(len(samples)) - norm
 
     sigmas = torch.logspace(-1, 0, 10).tolist()
     sigma = max(sigmas, key=lambda sigma: log_p(validation, sigma).mean())
-    scores = torch.cat([log_p(x, sigma) for x in test_images.split(500)])
+    scores = torch.cat([log_p(distances, sigma) for distances in test])
     return scores.mean().item(), scores.std().item() / len(scores) ** 0.5
 
 
@@ -240,7 +241,7 @@ def create_run(out_dir, save):
             with contextlib.suppress(OSError):  # of a rename to where a run is
                 return new.rename(run)
             if out_dir or not run.exists():
-                sys.exit(f"error: {run} is in use: name another, or --resume {run}")
+                sys.exit(f"error: --out-dir {run} is in use: use another, or --resume")
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -399,8 +400,9 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")  # TF32
     images, test_images = load_data(args, "dataset" not in given and not state)
     if state and len(images) != state["n_images"]:
-        count = f"{len(images)} images now, not the {state['n_images']} images it had"
-        sys.exit(f"error: {args.dataset} has {count}: put the old ones back")
+        sys.exit(
+            f"error: not the {state['n_images']} images of {args.dataset} any more"
+        )
     try:
         run, G = train(args, device, images, state)
     except OSError as error:  # a full disk, a folder that must not be written to
