@@ -400,9 +400,7 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")  # TF32
     images, test_images = load_data(args, "dataset" not in given and not state)
     if state and len(images) != state["n_images"]:
-        sys.exit(
-            f"error: not the {state['n_images']} images of {args.dataset} any more"
-        )
+        sys.exit(f"error: {args.dataset} no longer has {state['n_images']} images")
     try:
         run, G = train(args, device, images, state)
     except OSError as error:  # a full disk, a folder that must not be written to
