@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -935,11 +936,11 @@ def test_bad_arguments(main, images, arguments, code, words):
     assert contents() == before
 
 
-def write_mnist(folder):
-    """The four idx files, of 32 training and 16 test images."""
+def write_mnist(folder, n_train=32):
+    """The four idx files, of a few training and 16 test images."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, n in ("train", 32), ("t10k", 16):
+    for name, n in ("train", n_train), ("t10k", 16):
         data = struct.pack(">4i", 0x803, n, 28, 28) + random.Random(n).randbytes(
             n * 784
         )
@@ -1227,6 +1228,18 @@ def test_ctrl_c(main, images):
     assert f"epoch {epochs + 2}/{epochs + 2} " in main(*argv, "--epochs", epochs + 2)[1]
 
 
+def test_ctrl_c_before_the_first_epoch(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train_gan.py"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(train_gan.__file__, run_name="__main__")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_runs_started_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     barrier = threading.Barrier(8, timeout=10)
@@ -1246,6 +1259,8 @@ def test_runs_started_together(tmp_path, monkeypatch):
 
 
 README = (Path(train_gan.__file__).parent / "README.md").read_text()
+PICTURES = Path(train_gan.__file__).parent / ".github"
+COMMANDS = sorted(set(re.findall(r"python train_gan\.py([^`\n]*)", README)))
 SYSTEMS = {  # what ../shared/SYSTEMS.md publishes; None: not published
     "A": (
         [64, 128, 256, 512, 1024],
@@ -1276,36 +1291,95 @@ SYSTEMS = {  # what ../shared/SYSTEMS.md publishes; None: not published
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_five_systems_of_the_readme(system):
+def test_the_five_systems_of_the_readme(system, monkeypatch, images):
     """Their networks, loss and optimiser by flags alone, and they run."""
     g, g_leak, norm, d, d_leak, dropout, lr, batch_size, epochs = SYSTEMS[system]
     row = re.search(
         rf"^\| {system}\. .*`python train_gan.py (.*)` \|$", README, re.MULTILINE
     )
     argv = shlex.split(row[1])
-    train_gan.main([*argv, "--epochs", "1", "--dataset", "drawn", "--device", "cpu"])
-    args = settings(*argv, "--dataset", "drawn")
-    state = torch.load("runs/001/checkpoint.pt", weights_only=True)
-    for name, layers in ("G", load_generator("runs/001").net), ("D", None):
-        sizes = [v.shape for k, v in state[name].items() if v.dim() == 2]
-        widths = [shape[1] for shape in sizes] + [sizes[-1][0]]
-        if g:
-            assert widths == ([*g, 784] if name == "G" else [784, *d, 1])
-        if layers and g:
-            kinds = [type(layer).__name__ for layer in layers]
-            assert ("BatchNorm1d" in kinds) == norm
-            assert kinds.count("Dropout") == (len(g) - 1 if dropout else 0)
-            slopes = {m.negative_slope for m in layers if isinstance(m, nn.LeakyReLU)}
-            assert slopes == {g_leak} and kinds[-1] == "Tanh"
-    for optimiser in ("opt_G", "opt_D"):
-        (group,) = state[optimiser]["param_groups"]
+    built = {}
+
+    def spy(args, images, epoch, **parts):
+        built.update(parts)
+        return train_epoch(args, images, epoch, **parts)
+
+    train_epoch = train_gan.train_epoch
+    monkeypatch.setattr(train_gan, "train_epoch", spy)
+    shutil.copytree(images, "my_photos")
+    data_set = [] if system == "C" else ["--dataset", "drawn"]
+    train_gan.main([*argv, "--epochs", "1", "--device", "cpu", *data_set])
+    nets = (built["G"], g, 784, g_leak, norm), (built["D"], d, 1, d_leak, False)
+    for net, widths, out, leak, has_norm in nets:
+        if widths is None:
+            continue
+        widths = [784, *widths, out] if out == 1 else [*widths, out]
+        linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+        assert [m.in_features for m in linear] == widths[:-1]
+        assert linear[-1].out_features == out
+        hidden = ["Linear", *["BatchNorm1d"] * has_norm, "LeakyReLU"]
+        hidden += ["Dropout"] * bool(dropout)
+        kinds = [type(m).__name__ for m in net.net]
+        last = ["Linear", "Tanh"] if out == 784 else ["Linear"]
+        assert kinds == hidden * (len(widths) - 2) + last
+        slopes = {m.negative_slope for m in net.net if isinstance(m, nn.LeakyReLU)}
+        assert slopes == {leak}
+        rates = {m.p for m in net.net if isinstance(m, nn.Dropout)}
+        assert rates == ({dropout} if dropout else set())
+    for optimiser in built["opt_G"], built["opt_D"]:
+        assert type(optimiser) is torch.optim.Adam
+        (group,) = optimiser.param_groups
         assert group["betas"] == (0.9, 0.999) and group["lr"] == (lr or 2e-4)
-    if d:
-        assert (args.d_leak, args.dropout) == (d_leak, dropout)
+    args = settings(*argv, *data_set)
     assert args.batch_size == (batch_size or 128) and args.epochs == (epochs or 40)
     assert (args.loss, args.k, args.real_label) == ("non-saturating", 1, 1.0)
     assert (args.ema, args.r1) == (0.0, 0.0), "none of them has either"
     assert (args.label_noise > 0) == (system == "C")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme(main, images, command):
+    """One epoch of each, on a few images."""
+    shutil.copytree(images, "my_photos")
+    argv = command.split()
+    if "--resume" in argv:
+        assert main("--dataset", "drawn", "--epochs", 1)[0] == 0
+        argv += ["--epochs", 2]
+    else:
+        data_set = [] if "my_photos" in argv else ["--dataset", "drawn"]
+        argv += ["--epochs", 1, *data_set]
+    code, out, err = main(*argv, "--device", "cpu")
+    assert (code, err) == (0, "") and "epoch " in out
+
+
+def test_the_benchmark_of_the_readme(monkeypatch, capsys):
+    """In this process and on 21 batches, of which it leaves out the first 20."""
+    write_mnist(Path("data"), 21 * 128)
+    path = Path(train_gan.__file__).with_name(".ci") / "benchmark.py"
+    assert "python .ci/benchmark.py" in README
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: run(command[2:]))
+    run = train_gan.main
+    monkeypatch.setattr(sys, "argv", [str(path), "--rounds", "1"])
+    runpy.run_path(str(path))
+    assert "times as fast" in capsys.readouterr().out
+
+
+def test_the_code_beside_algorithm_1_is_in_the_files():
+    section = README[README.index("| Algorithm 1 of") :].split("\n\n")[0]
+    folder = Path(train_gan.__file__).parent
+    code = "".join((folder / f"{n}.py").read_text() for n in ("train_gan", "losses"))
+    quotes = re.findall(r"`([^-`][^`]*)`", section)  # no flags
+    assert len(quotes) > 8
+    for quote in quotes:
+        parts = quote.removeprefix("losses.").removesuffix(")").split("...")
+        assert all(part in code for part in parts), quote
+
+
+def test_the_pictures_of_the_readme_are_there_and_small():
+    folder = Path(train_gan.__file__).parent
+    shown = re.findall(r"!\[.+\]\((.+)\)", README)
+    assert sorted(shown) == sorted(f".github/{p.name}" for p in PICTURES.iterdir())
+    assert sum((folder / path).stat().st_size for path in shown) < 1.5e6
 
 
 def test_the_python_of_the_readme(monkeypatch):

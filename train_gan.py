@@ -380,7 +380,7 @@ def train(args, device, images, state=None):
             print(f"epoch {epoch}/{args.epochs}", *shown, f"{left:.0f} min left")
     except KeyboardInterrupt:
         command = f"python train_gan.py --resume {shlex.quote(str(run))}"
-        raise KeyboardInterrupt(f"epoch {done} is safe: {command}") from None
+        raise KeyboardInterrupt(f"; epoch {done} is safe: {command}") from None
     finally:
         if (run / f"epoch_{done:03}.png").exists():
             write_gif(run, done)
@@ -416,5 +416,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"\nstopped; {stop}\n")
+        sys.stderr.write(f"\nstopped{stop}\n")
         sys.exit(130)
