@@ -204,11 +204,11 @@ def parzen(G, train_images, test_images):
     z = torch.randn(10_000, G.z_dim, generator=torch.Generator().manual_seed(0))
     samples = G(z).flatten(1) / 2 + 0.5
     validation = torch.cdist(train_images[-10_000:][:1000].flatten(1) / 255, samples)
-    test = (torch.cdist(x.flatten(1) / 255, samples) for x in test_images.split(1000))
+    test = (torch.cdist(x.flatten(1) / 255, samples) for x in test_images.split(500))
 
     def log_p(distances, sigma):  # log of the mean of N(x; sample, sigma^2 I)
         norm = samples.shape[1] * math.log(sigma * math.sqrt(2 * math.pi))
-        log_sum = (distances.square() / (-2 * sigma**2)).logsumexp(1)
+        log_sum = distances.square().div_(-2 * sigma**2).logsumexp(1)
         return log_sum - math.log(len(samples)) - norm
 
     sigmas = torch.logspace(-1, 0, 10).tolist()
