@@ -33,8 +33,8 @@ def labels(logits, label, noise):
 def generator_loss(fake_logits):
     """Non-saturating: -E[log D(G(z))] (Goodfellow et al. 2014, end of section 3).
 
-    Logits of any shape -> scalar; log 2 = 0.693 at D = 1/2. Its gradient is largest
-    where D is sure that a sample is fake, which is where G has the most to learn.
+    Logits of any shape -> scalar; log 2 = 0.693 at D = 1/2. Its slope in the logit is
+    largest where D is sure that a sample is fake, where G has the most to learn.
     """
     return -F.logsigmoid(fake_logits).mean()  # -log D(G(z))
 
@@ -42,8 +42,8 @@ def generator_loss(fake_logits):
 def minimax_generator_loss(fake_logits):
     """The original: E[log(1 - D(G(z)))] (Goodfellow et al. 2014, Algorithm 1).
 
-    Logits of any shape -> scalar; -log 2 = -0.693 at D = 1/2. Its gradient vanishes
-    where D is sure that a sample is fake: G stands still when it is at its worst.
+    Logits of any shape -> scalar; -log 2 = -0.693 at D = 1/2. Its slope in the logit
+    vanishes where D is sure that a sample is fake: G stands still at its worst.
     """
     return F.logsigmoid(-fake_logits).mean()  # log(1 - D(G(z)))
 

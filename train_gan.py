@@ -83,7 +83,7 @@ def parse_args(argv):
     add("--data-dir", os.path.abspath, "data", "where data sets are, or will be put")
     add("--image-size", size, 28, "side in pixels that a folder's images are cut to")
     group = parser.add_argument_group("model")
-    add("--z-dim", size, 64, "length of G's noise: how many ways images can differ")
+    add("--z-dim", size, 64, "length of G's noise: in how many directions images vary")
     add("--g-hidden", size, [256, 512], "widths of G's hidden layers", nargs="+")
     add("--d-hidden", size, [512, 256], "of D's: if too wide, D wins", nargs="+")
     switch = {"action": argparse.BooleanOptionalAction}
@@ -102,7 +102,7 @@ def parse_args(argv):
     add("--batch-size", size, 128, "images for each step")
     add("--lr", rate, 1e-3, "Adam's step size: too large, and the game goes in circles")
     add("--beta1", part, 0.0, "Adam's momentum: in a game, it overshoots")
-    add("--ema", part, 0.9999, "decay of the averaged generator that is shown, 0: off")
+    add("--ema", part, 0.9999, "highest decay of the shown average of G, 0: off")
     add("--seed", seed, 0, "of the weights, the noise and the order of the images")
     add("--device", str, "auto", "cuda, mps or cpu", choices=devices, metavar="D")
     group = parser.add_argument_group("output")
