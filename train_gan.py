@@ -377,7 +377,7 @@ def train(args, device, images, state=None):
             done = epoch
             shown = [f"{n} {v:.3f}" for n, v in zip(COLUMNS[1:], means, strict=True)]
             left = means[-1] * (args.epochs - epoch) / 60
-            print(f"epoch {epoch}/{args.epochs}", *shown, f"{left:.0f} min left")
+            print(f"epoch {epoch}/{args.epochs}", *shown, f"({left:.0f} min left)")
     except KeyboardInterrupt:
         command = f"python train_gan.py --resume {shlex.quote(str(run))}"
         raise KeyboardInterrupt(f"; epoch {done} is safe: {command}") from None
