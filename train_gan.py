@@ -303,7 +303,7 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         # (3) Average G's weights over about the last ninth of its steps so far.
         G_step += 1
         decay = min(args.ema, (1 + G_step) / (10 + G_step))
-        get_ema_multi_avg_fn(decay)(average, current, None)
+        get_ema_multi_avg_fn(decay)(average, current, None)  # in place
         if sys.stdout.isatty() and time.perf_counter() > shown + 1:
             shown = time.perf_counter()
             print(f"batch {step} of {len(batches)}", end="\r", flush=True)
