@@ -13,7 +13,6 @@ class Generator(nn.Module):
 
     Every width in `hidden` is one Linear, BatchNorm (or none), LeakyReLU, Dropout.
     `leak` is LeakyReLU's negative slope (0 is ReLU). `image_shape` is (C, H, W).
-    Raises ValueError for a size below 1, no image shape, a dropout outside [0, 1).
     """
 
     def __init__(
@@ -26,7 +25,6 @@ class Generator(nn.Module):
         leak=0.0,
     ):
         super().__init__()
-        check_arguments(z_dim, hidden, image_shape, dropout)
         self.z_dim, self.image_shape = z_dim, tuple(image_shape)
         widths = [z_dim, *hidden]
         self.net = nn.Sequential(
@@ -48,7 +46,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, hidden=(512, 256), image_shape=(1, 28, 28), dropout=0, leak=0.2):
         super().__init__()
-        check_arguments(1, hidden, image_shape, dropout)
         widths = [prod(image_shape), *hidden]
         self.net = nn.Sequential(
             *hidden_layers(widths, False, dropout, leak), nn.Linear(widths[-1], 1)
@@ -71,20 +68,13 @@ def hidden_layers(widths, batch_norm, dropout, leak):
     return layers
 
 
-def check_arguments(z_dim, hidden, image_shape, dropout):
-    sizes = {"z_dim": [z_dim], "hidden": hidden, "image_shape": image_shape or [0]}
-    for name, values in sizes.items():
-        if min(values, default=1) < 1:
-            raise ValueError(f"{name} must be at least 1, got {values}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-
-
 def load_generator(path, map_location="cpu"):
     """The averaged generator of a run folder or of its checkpoint.pt, in eval mode."""
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     state = torch.load(path, map_location=map_location, weights_only=True)
-    G = Generator(*state["G_arguments"]).to(map_location)
+    s, shape = state["settings"], state["images"][1:]
+    layers = s["batch_norm"], s["dropout"], s["g_leak"]
+    G = Generator(s["z_dim"], s["g_hidden"], shape, *layers).to(map_location)
     G.load_state_dict(state["G_average"])
     return G.eval().requires_grad_(False)
