@@ -149,12 +149,12 @@ def open_run(args, images, state, parts):
             return state
         except Exception as error:
             raise SystemExit(f"error: data or models.py changed: {error!r}") from error
-    names = [args.out_dir] if args.out_dir else [f"runs/{n:03}" for n in range(1, 9999)]
-    for args.resume in names:  # mkdir() fails where a run is: no two share a folder
-        with contextlib.suppress(FileExistsError):
+    for number in range(1, 10_000):
+        args.resume = args.out_dir or f"runs/{number:03}"
+        with contextlib.suppress(FileExistsError):  # no two runs share a folder
             Path(args.resume).mkdir(parents=True)
             return {"settings": vars(args), "images": [*images.shape], "history": []}
-    sys.exit(f"error: {names[-1]} is there: give a new --out-dir, or --resume it")
+    sys.exit(f"error: {args.resume} is there: give a new --out-dir, or --resume it")
 
 
 def save(run, state, samples, real):
@@ -220,7 +220,7 @@ def load_data(args):
         sets = [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in sets]
     except Exception as error:
         message = f"no {name} in --data-dir {args.data_dir}: go online to download it, "
-        message += f"copy it there, or delete a damaged copy ({error!r})"
+        message += f"copy it there, or delete a damaged copy ({str(error).split(':')[0]})"
         if args.dataset == name:
             raise SystemExit(f"error: {message}") from error
         print(f"warning: {message}; training on --dataset drawn", file=sys.stderr)
@@ -282,7 +282,7 @@ def between(kind, low, high, *ends):
         with contextlib.suppress(ValueError):
             if low < (value := kind(text)) < high or value in ends:
                 return value
-        words = f"{text!r} is no {kind.__name__} between {low} and {high}"
+        words = f"{text!r} is no {kind.__name__} above {low} and below {high}"
         raise argparse.ArgumentTypeError(words + " (10 20, not 10,20)" * ("," in text))
 
     return number
@@ -339,10 +339,10 @@ def parse_args(argv):
         path = Path(args.resume.removesuffix("checkpoint.pt"), "checkpoint.pt")
         with contextlib.suppress(Exception):  # which a damaged file can raise
             state = torch.load(path, map_location="cpu", weights_only=True)
-            own = state["settings"]
-            parser.set_defaults(**own)
-        if not own or own.keys() != vars(args).keys():
-            sys.exit(f"error: {path} is missing, damaged or not of this program")
+            parser.set_defaults(**state["settings"])
+            own = state["settings"] if {"images", "history"} <= state.keys() else {}
+        if own.keys() != vars(args).keys():
+            sys.exit(f"error: {path} is missing, damaged or foreign: start anew")
         if not os.path.exists(own["data_dir"]):  # the run has been moved
             parser.set_defaults(data_dir="data")
         args = parser.parse_args(argv)
