@@ -9,17 +9,17 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from math import log, pi
 from pathlib import Path
+from subprocess import PIPE, Popen
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
+from torch.func import grad_and_value
 
 import losses
 import train_gan
@@ -32,15 +32,13 @@ PHOTOS = SMALL + "--dataset photos --image-size 8 "
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
-    """An empty folder to work in, no network, few digits, a folder of 64 images."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gan, "DRAWN_TRAIN", 320)
-    monkeypatch.setattr(train_gan, "DRAWN_TEST", 16)
+    monkeypatch.setattr(train_gan, "DRAWN", (320, 16))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: 1 / 0)
     Path("photos").mkdir()
     for n in range(64):
-        image = Image.frombytes("L", (8, 8), random.Random(n).randbytes(64))
-        image.save(f"photos/{n:02}.png")
+        pixels = random.Random(n).randbytes(64)
+        Image.frombytes("L", (8, 8), pixels).save(f"photos/{n:02}.png")
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
@@ -71,18 +69,10 @@ def state_of(folder):
 def contents(folder):
     """All of a run but its seconds: weights, optimisers, losses and pictures."""
     state, file = state_of(folder), io.BytesIO()
-    losses_only = [row[:-1] for row in state["history"]]
-    torch.save(
-        [losses_only, *(state[k] for k in "G D G_average opt_G opt_D".split())], file
-    )
+    parts = [state[name] for name in ("G", "D", "G_average", "opt_G", "opt_D")]
+    torch.save([[row[:-1] for row in state["history"]], *parts], file)
     pictures = {p.name: hash(p.read_bytes()) for p in Path(folder).glob("*.png")}
     return {"state": hash(file.getvalue()), **pictures}.items()
-
-
-# ------------------------------------------------------------------------------ losses
-def value_and_gradients(loss, x):
-    x = x.clone().requires_grad_()
-    return loss(x), *torch.autograd.grad(loss(x), x)
 
 
 @pytest.mark.parametrize("label", [1.0, 0.9, 0.3])
@@ -101,10 +91,10 @@ def test_losses_are_the_logarithms_of_the_paper(label):
         (losses.generator_loss, lambda x: -(1 / (1 + torch.exp(-x))).log().mean()),
         (losses.minimax_generator_loss, lambda x: (1 / (1 + x.exp())).log().mean()),
     ):
-        found, right = (value_and_gradients(loss, logits) for loss in (ours, paper))
+        found, right = (grad_and_value(loss)(logits) for loss in (ours, paper))
         assert all(torch.allclose(a, b, 1e-10, 1e-12) for a, b in zip(found, right))
         for x in huge, huge.bfloat16():
-            value, gradient = value_and_gradients(ours, x)
+            gradient, value = grad_and_value(ours)(x)
             assert value.isfinite() and gradient.isfinite().all() and value.abs() > 1600
 
 
@@ -116,22 +106,10 @@ def test_proposition_1_the_optimal_D_is_stationary():
     value = losses.discriminator_loss(real, fake)
     (gradient,) = torch.autograd.grad(value, x)
     jsd = sum((p / 200 * (2 * p / (p_data + p_g)).log()).sum() for p in (p_data, p_g))
-    assert value.item() == pytest.approx(log(4) - 2 * jsd.item())
+    assert value.exp().item() == pytest.approx(4 * torch.exp(-2 * jsd).item())
     assert gradient.abs().max() < 1e-12
 
 
-def test_r1_penalty_is_half_the_squared_jacobian():
-    D = Discriminator((6, 5), (1, 2, 3)).double()
-    x = torch.randn(4, 1, 2, 3, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(D, x, create_graph=True)
-    expected = sum(jacobian[i, 0, i].square().sum() for i in range(4)) / 4 / 2
-    penalty, weights = losses.r1_penalty(D, x), [D.net[0].weight, D.net[2].weight]
-    assert penalty.item() == pytest.approx(expected.item()) and not x.requires_grad
-    pairs = zip(*(torch.autograd.grad(value, weights) for value in (penalty, expected)))
-    assert all(torch.allclose(a, b) and a.any() for a, b in pairs)
-
-
-# ---------------------------------------------------------------------------- networks
 def layers(net):
     words = {"Linear": "{0.in_features}-{0.out_features}", "Dropout": "dropout={0.p}"}
     words["LeakyReLU"] = "leak={0.negative_slope}"
@@ -154,7 +132,6 @@ def test_networks_follow_from_their_arguments():
     assert D(1000 * x).abs().max() > 1, "D must return logits, not probabilities"
 
 
-# ---------------------------------------------------------------------------- the game
 def the_tutorials_way(args, images):
     """The same game, naively: sigmoids, separate passes, gradients for everyone."""
     torch.manual_seed(args.seed)
@@ -169,11 +146,11 @@ def the_tutorials_way(args, images):
         y += args.label_noise and args.label_noise * (2 * torch.rand_like(p) - 1)
         return -(y * p.log() + (1 - y) * (1 - p).log()).mean()
 
-    rows, D_steps, G_steps = [], 0, 0
+    rows, G_steps = [], 0
     for epoch in range(1, args.epochs + 1):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         D_log, G_log = [], []
-        for i, batch in enumerate(torch.randperm(30).split([8, 8, 7, 7]), 1):
+        for i, batch in enumerate(torch.randperm(23).split([8, 8, 7]), 1):
             x = images[batch].double() / 255 * 2 - 1
             fake = G(torch.randn(len(x), args.z_dim))
             if args.dropout:  # whose masks are drawn for both halves at once
@@ -183,15 +160,14 @@ def the_tutorials_way(args, images):
             loss_D = bce(real_p, args.real_label) + bce(fake_p, 0.0)
             right = (real_p > 0.5).sum() + (fake_p < 0.5).sum()
             D_log.append([loss_D, real_p.mean(), fake_p.mean(), right / 2 / len(x)])
-            D_steps += 1
-            if D_steps % 4 == 0 and args.r1:  # gamma / 2 |grad|^2, image by image
+            if args.r1 and (3 * epoch - 3 + i) % 4 == 0:  # gamma / 2 |Jacobian|^2
                 for logit in D(x.requires_grad_()).flatten():
                     (slope,) = torch.autograd.grad(logit, x, create_graph=True)
                     loss_D = loss_D + 4 * args.r1 / 2 * slope.square().sum() / len(x)
             opt_D.zero_grad()
             loss_D.backward()
             opt_D.step()
-            if i % args.k and i != 4:
+            if i % args.k and i != 3:
                 continue
             p = D(fake).sigmoid()
             loss_G = (1 - p).log().mean() if args.loss == "minimax" else -p.log().mean()
@@ -201,13 +177,11 @@ def the_tutorials_way(args, images):
             G_log.append([loss_G, p.mean()])
             G_steps += 1
             decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
-            for name, weight in G.state_dict().items():
-                mean = average.state_dict()[name]
+            for mean, weight in zip(*(n.state_dict().values() for n in (average, G))):
                 if mean.is_floating_point():
                     mean.copy_(decay * mean + (1 - decay) * weight)
-        d, D_x, D_G_z1, acc_D = torch.tensor(D_log).mean(0).tolist()
-        g, D_G_z2 = torch.tensor(G_log).mean(0).tolist()
-        rows.append([epoch, d, g, D_x, D_G_z1, D_G_z2, acc_D, 1.0])
+        logs = [torch.stack([*map(torch.stack, log)]).mean(0) for log in (D_log, G_log)]
+        rows.append([epoch, *torch.cat(logs).tolist()])
     return {"G": G, "D": D, "G_average": average}, rows
 
 
@@ -219,11 +193,10 @@ GAMES = """--seed 1
 
 @pytest.mark.parametrize("flags", GAMES.splitlines())
 def test_whole_runs_equal_the_tutorials_way(flags):
-    """Algorithm 1 and all that is added: every weight, average and CSV column."""
     torch.set_default_dtype(torch.float64)
-    images = torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8)
-    small = "--epochs 4 --batch-size 7 --z-dim 3 --g-hidden 6 5 --d-hidden 7 "
-    args = settings(small + flags)
+    images = torch.randint(0, 256, (23, 1, 4, 4), dtype=torch.uint8)
+    sizes = "--epochs 4 --batch-size 7 --z-dim 3 --g-hidden 6 5 --d-hidden 7 "
+    args = settings(sizes + flags)
     folder, average = train_gan.train(args, "cpu", images)
     nets, rows = the_tutorials_way(args, images)
     for name, net in nets.items():
@@ -231,7 +204,8 @@ def test_whole_runs_equal_the_tutorials_way(flags):
         for key in [key for key in ours if "num_batches" not in key]:
             assert torch.allclose(ours[key], net.state_dict()[key], 1e-9, 1e-11), name
     for ours, theirs in zip(state_of(folder)["history"], rows, strict=True):
-        assert [*ours[:-1], 1.0] == pytest.approx(theirs, abs=1e-6)
+        ours = [ours[i] for i in (0, 1, 3, 4, 6, 2, 5)]  # D's columns, then G's
+        assert ours == pytest.approx(theirs, abs=1e-6)
     assert not average.training and not average.net[0].weight.requires_grad
 
 
@@ -240,9 +214,9 @@ def test_the_recipe_is_what_the_readme_describes(monkeypatch):
     values += "non-saturating 1 1.0 0.0 1.0 40 128 0.001 0.0 0.9999 0 auto"
     assert " ".join(map(str, vars(settings()).values())) == values
     assert (train_gan.R1_EVERY, train_gan.SAVE_EVERY) == (4, 100)
-    mine = []  # a loss of one's own is used
-    monkeypatch.setattr(losses, "generator_loss", lambda x: mine.append(x) or x.mean())
-    assert run(PHOTOS + "--epochs 1")[0] == 0 and mine
+    monkeypatch.setattr(losses, "generator_loss", Mock(side_effect=torch.mean))
+    assert run(PHOTOS + "--epochs 1")[0] == 0
+    losses.generator_loss.assert_called()  # one's own is used
     with pytest.raises(TypeError, match="uint8"):
         train_gan.train(settings(), "cpu", torch.zeros(4, 1, 2, 2))
 
@@ -254,11 +228,9 @@ def test_an_epoch_never_waits_for_the_device():
     images = torch.empty(40, 1, 28, 28, dtype=torch.uint8, device="meta")
     with pytest.raises(RuntimeError, match="meta") as stop:
         train_gan.train_epoch(settings(SMALL), images, 1, G, D, G, opt_G, opt_D)
-    frame = next(entry for entry in stop.traceback if entry.name == "train_epoch")
-    assert "return {" in str(frame.statement)
+    assert any("return {" in str(entry.statement) for entry in stop.traceback)
 
 
-# ------------------------------------------------------------- evaluation and the data
 def test_parzen_is_the_written_out_mixture():
     """log 1/n sum_i N(x; s_i, sigma^2); sigma is the best of ten for other images."""
     grey, test = (torch.randint(90, 160, (n, 1, 1, 2)).byte() for n in (1000, 30))
@@ -273,7 +245,8 @@ def test_parzen_is_the_written_out_mixture():
 
     def log_p(x, sigma):
         square = (x.double().view(-1, 1, 2) / 255 - centres).square().sum(2)
-        return (torch.exp(-square / 2 / sigma**2) / (2 * pi * sigma**2)).mean(1).log()
+        normal = torch.exp(-square / 2 / sigma**2) / (2 * torch.pi * sigma**2)
+        return normal.mean(1).log()
 
     sigmas = [10 ** (-1 + i / 9) for i in range(10)]
     best = max(sigmas, key=lambda sigma: log_p(grey[::5], sigma).mean())
@@ -292,21 +265,19 @@ def test_named_data_sets_become_images_by_channels(monkeypatch, channels, shape)
     monkeypatch.setitem(train_gan.DATASETS, "mnist", Fake)
     assert f"[48, {shape}] of mnist" in run(SMALL + "--epochs 1")[1]
     back = torch.cat(train_gan.load_data(settings())).permute(0, 2, 3, 1)
-    assert (back.reshape(pixels.shape).numpy() == pixels).all()
-    assert socket.getdefaulttimeout() is None
+    same = (back.reshape(pixels.shape).numpy() == pixels).all()
+    assert same and socket.getdefaulttimeout() is None
     drawn, test = train_gan.draw_digits()  # the same every time, and all different
     assert torch.equal(drawn, train_gan.draw_digits()[0]) and len(test) == 16
     assert drawn.shape == (320, 1, 28, 28) and len(drawn.unique(dim=0)) > 300
     centre, edge = drawn[:, 0, 8:20, 8:20].float(), drawn[..., [0, 27]].float()
-    assert centre.mean() > 100 and edge.mean() < 4
-    assert centre[2::3].mean() > 1.3 * centre[::3].mean(), "some are bold"
+    assert edge.mean() < 4 and centre[2::3].mean() > 1.3 * centre[::3].mean() > 80
 
 
 def test_a_folder_of_images_is_cropped_and_grey_where_all_are():
     Path("photos/sub").mkdir()
-    image = Image.new("RGB", (30, 10))
-    image.paste((255, 255, 255), (10, 0, 20, 10))
-    image.save("photos/sub/wide.png")
+    wide = train_gan.ImageOps.expand(Image.new("RGB", (10, 10), "white"), (10, 0))
+    wide.save("photos/sub/wide.png")
     shutil.copytree("photos", "photos/.trash")
     Path("photos/cut.png").write_bytes(Path("photos/00.png").read_bytes()[:-30])
     os.chdir("photos")
@@ -314,15 +285,12 @@ def test_a_folder_of_images_is_cropped_and_grey_where_all_are():
         _, out, err = run(PHOTOS.replace("photos", ".") + "--epochs 1")
         assert out.startswith("reading the images in .") and "[65, 1, 8, 8]" in out
         assert "1 unreadable files, first cut.png" in err
-    images, test = train_gan.load_folder(".", None)
-    assert images.shape == (65, 1, 28, 28) and not test
-    assert (images[-1, 0, :, 2:-2] == 255).all(), "the middle of the wide one"
+    images, _ = train_gan.load_folder(".", None)
+    middle = (images[-1, 0, :, 2:-2] == 255).all()  # of the wide one
+    assert images.shape == (65, 1, 28, 28) and middle
     Image.new("RGB", (4, 4), (255, 100, 0)).save("sub/x.png")
     assert train_gan.load_folder(".", 8)[0][-1, :, 3, 3].tolist() == [255, 100, 0]
-
-
-def test_unusual_images_keep_what_they_show():
-    for mode in "I;16", "I", "F":  # shown by their own range
+    for mode in "I;16", "I", "F":  # 16 bits and floats, shown by their own range
         image = Image.new(mode, (3, 1), 1000)
         image.save("flat.tiff")
         image.putpixel((1, 0), 1100)
@@ -330,32 +298,30 @@ def test_unusual_images_keep_what_they_show():
         image.save("ramp.tiff")
         assert [*train_gan.read_image("ramp.tiff").tobytes()[::3]] == [0, 63, 255]
         assert not any(train_gan.read_image("flat.tiff").tobytes())
-    image = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
-    image.getexif()[0x112] = 6  # turned by a quarter; transparent pixels on white
-    image.save("photo.png", exif=image.getexif())
-    assert train_gan.read_image("photo.png").getpixel((0, 7)) == (255, 255, 255)
+    Image.new("RGBA", (1, 1), (255, 0, 0, 0)).save("clear.png")
+    assert {*train_gan.read_image("clear.png").tobytes()} == {255}, "laid on white"
 
 
-# ----------------------------------------------------------------------------- the run
-def test_a_run_from_end_to_end():
+def test_a_run_from_end_to_end(monkeypatch):
     argv = SMALL + "--dataset drawn --batch-size 3 --epochs 2 --dropout 0.2 --k 2 "
     code, out, err = run(argv)
     lines = [line.split() for line in out.splitlines()]
     assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
     assert lines[1] == [*train_gan.COLUMNS, "left"]
     assert [lines[2][0], lines[3][0], lines[4][-1]] == ["1/2", "2/2", "nats"]
-    names = "checkpoint.pt epoch_00001.png epoch_00002.png losses.csv real.png"
-    assert sorted(os.listdir("runs/001")) == [*names.split(), "training.gif"]
+    assert len(os.listdir("runs/001")) == 6, "the two pictures of epochs, and four more"
     rows = [train_gan.COLUMNS, *state_of("runs/001")["history"]]
-    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    assert Path("runs/001/losses.csv").read_text() == text
-    assert run(argv + "--out-dir else/where")[0] == run(argv + "--seed 1")[0] == 0
+    text = Path("runs/001/losses.csv").read_text().split()
+    assert text == [",".join(map(str, row)) for row in rows]
+    assert run(argv + "--out-dir else/where")[0] == 0
+    monkeypatch.setattr(os, "isatty", lambda file: file == 1)
+    assert "batch 50 of 106\r" in run(argv + "--seed 1")[1]
     assert contents("runs/001") == contents("else/where") != contents("runs/002")
-    for path in "runs/001", Path("runs/001/checkpoint.pt"):  # the averaged generator
-        G, average = load_generator(path), state_of("runs/001")["G_average"]
-        assert layers(G) == "4-8 BatchNorm1d leak=0.0 dropout=0.2 8-784 Tanh"
-        assert not G.training and G.z_dim == 4 and not G.net[0].weight.requires_grad
-        assert all(torch.equal(G.state_dict()[key], average[key]) for key in average)
+    G = load_generator(Path("runs/001/checkpoint.pt"))  # the average; in eval mode
+    average = state_of("runs/001")["G_average"]
+    assert layers(G) == "4-8 BatchNorm1d leak=0.0 dropout=0.2 8-784 Tanh"
+    assert not G.training and not G.net[0].weight.requires_grad and G.z_dim == 4
+    assert all(torch.equal(G.state_dict()[key], average[key]) for key in average)
     torch.manual_seed(0)  # whose samples of the same noise the pictures show
     samples, real = G(torch.randn(64, 4)), train_gan.draw_digits()[0][:64] / 255
     for name, x in ("epoch_00002", samples / 2 + 0.5), ("real", real):
@@ -363,10 +329,9 @@ def test_a_run_from_end_to_end():
         assert Path("x.png").read_bytes() == Path(f"runs/001/{name}.png").read_bytes()
 
 
-@pytest.mark.parametrize("flags", ["", "--dropout 0.3 --label-noise 0.1 --k 2 "])
-def test_a_resumed_run_ends_as_one_that_was_not_cut_off(flags):
-    argv = PHOTOS + flags + "--device cuda:15 --epochs "
-    assert run(PHOTOS + flags + "--epochs 100")[0] == 0
+def test_a_resumed_run_ends_as_one_that_was_not_cut_off():
+    argv = PHOTOS + "--dropout 0.3 --label-noise 0.1 --k 2 --device cuda:15 --epochs "
+    assert run(argv + "100")[0] == 0
     assert "warning: no cuda:15, training on" in run(argv + "25")[2]
     os.link("runs/002/checkpoint.pt", "checkpoint.pt")
     code, out, _ = run(argv + "100 --resume runs/002/checkpoint.pt")
@@ -380,11 +345,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_cut_off(flags):
 
 
 def start(argv, line):
-    """The program in a process of its own, when it has printed this line."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, train_gan.__file__, *shlex.split(argv)]
-    process = subprocess.Popen(command, env=env, **pipes)
+    process = Popen(command, env=env, stdout=PIPE, stderr=PIPE, text=True)
     while line not in process.stdout.readline():  # each comes at once, in a pipe, too
         assert process.poll() is None, process.stderr.read()
     return process
@@ -398,60 +361,42 @@ def test_a_stopped_and_a_killed_run_go_on_as_if_nothing_had_happened():
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=60)[1]
         assert 'on with: python train_gan.py --resume "my r' in err, err
-        assert process.returncode == 130 and err.count("\n") == 2
-        done = len(state_of(folder)["history"])
-        assert (folder / f"epoch_{done:05}.png").exists()
+        assert process.returncode == 130
         process = start("--resume 'my rün'", "/40 ")
     time.sleep(random.uniform(0, 0.2))
     process.kill()
     process.communicate()
-    assert len(state_of(folder)["history"]) < 40
     assert run(argv)[0] == run("--resume 'my rün'")[0] == 0
     assert contents("runs/001") <= contents(folder) and not [*folder.glob("*.tmp")]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(monkeypatch):
-    def full(file, fsync=os.fsync):
-        calls.append(fsync(file))
-        if len(calls) > 1:
-            raise OSError(28, "No space left on device")
-
-    calls = []
+    full = OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", Mock(side_effect=[None, full, full]))
         code, _, err = run(PHOTOS + "--epochs 75")
     assert code == 1 and "No space left on device" in err
     assert run("--resume runs/001")[0] == run(PHOTOS + "--epochs 75")[0] == 0
     assert contents("runs/001") == contents("runs/002")
 
 
-def test_runs_started_together_never_share_a_folder():
-    images, args = torch.zeros(2, 1, 2, 2), [settings() for _ in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        [*pool.map(lambda one: train_gan.open_run(one, images, None, {}), args)]
-    assert sorted(one.resume for one in args) == [f"runs/00{n}" for n in range(1, 9)]
-
-
 def test_the_gif_has_at_most_100_sound_pictures(tmp_path):
     for n in range(1, 251):
         Image.new("L", (8, 8), n).save(f"epoch_{n:05}.png")
-    for epochs, frames in (250, 84), (100, 99):
-        [path.unlink() for path in sorted(tmp_path.glob("epoch*"))[epochs:]]
-        train_gan.write_gif(tmp_path)
-        gif = Image.open("training.gif")
-        gif.seek(frames - 1)
-        assert gif.n_frames == frames and gif.info["duration"] == 3000
-        Path("epoch_00001.png").write_bytes(b"damaged")
+    Path("epoch_00001.png").write_bytes(b"damaged")
+    train_gan.write_gif(tmp_path)
+    gif = Image.open("training.gif")
+    gif.seek(82)  # of every third picture, the last one is the newest, and stays
+    assert gif.n_frames == 83 and gif.info["duration"] == 3000
+    assert abs(gif.convert("L").getpixel((0, 0)) - 250) <= 2
 
 
-# --------------------------------------------------------------------- what goes wrong
-BAD = f"""2 | epochs k z-dim image-size g-hidden d-hidden | 0 -1 1.5 many | above 0
-2 | batch-size | 0 1 | above 1 and below inf
-2 | lr | 0 -0.1 nan inf | above 0 and below inf
-2 | beta1 ema dropout label-noise | -0.1 1 nan | above 0 and below 1
-2 | real-label | 0 1.1 nan | above 0 and below 1
-2 | g-leak d-leak r1 | -0.1 nan inf | above 0 and below inf
-2 | seed | -1 9223372036854775808 0.5 | above -1 and below 9223372036854775808
+BAD = f"""2 | epochs k z-dim image-size g-hidden d-hidden lr real-label | 0 -1 nan many | above 0
+2 | epochs batch-size seed | 1.5 | no int
+2 | lr g-leak d-leak r1 | -0.1 nan inf | above 0 and below inf
+2 | beta1 ema dropout label-noise real-label | -0.1 1.1 nan | above 0 and below 1
+2 | beta1 ema dropout label-noise batch-size | 1 | above
+2 | seed | -1 9223372036854775808 | above -1 and below 9223372036854775808
 2 | g-hidden | 10,20 | (10 20, not 10,20)
 2 | device loss dataset | tpu cuda:-1 nmist | --
 2 | image-size | 28 | --image-size: leave it out
@@ -460,12 +405,10 @@ BAD = f"""2 | epochs k z-dim image-size g-hidden d-hidden | 0 -1 1.5 many | abov
 1 | dataset | lonely | lonely: 1 readable images
 1 | data-dir=notes.txt --dataset | mnist fashion-mnist kmnist cifar10 | no
 1 | lr=1e38 {PHOTOS}--epochs | 1 | epoch 1 diverged: start anew with a lower --lr
-1 | epochs=1 {PHOTOS}--out-dir | notes.txt notes.txt/run | notes.txt
-1 | epochs=1 {PHOTOS}--out-dir | used | used is there: give a new --out-dir"""
+1 | epochs=1 {PHOTOS}--out-dir | used notes.txt notes.txt/run | error: """
 
 
 def test_bad_flags_and_files_are_one_line():
-    """Exit code 2 for usage, 1 for everything else, and nothing is lost."""
     assert run(PHOTOS + "--epochs 1 --out-dir used")[0] == 0
     before = contents("used")
     Path("notes.txt").write_text("mine")
@@ -478,9 +421,8 @@ def test_bad_flags_and_files_are_one_line():
                 found, _, err = run(f"--{flag} {value}")
                 assert found == int(code) and words in err, (flag, value, err)
     assert contents("used") == before and Path("notes.txt").read_text() == "mine"
-    code, out, err = run(SMALL + "--epochs 1")  # without --dataset mnist
-    assert code == 0 and "warning: no mnist in --data-dir data: go online" in err
-    assert "of drawn" in out and " nats" in out
+    _, out, err = run(SMALL + "--epochs 1")  # without --dataset mnist
+    assert "no mnist in --data-dir data (" in err and "of drawn" in out
 
 
 def test_damaged_foreign_and_changed_runs_are_refused():
@@ -490,8 +432,7 @@ def test_damaged_foreign_and_changed_runs_are_refused():
     cases = [{**state, "more": evil}, [state], {"settings": state["settings"]}]
     cases += [{**state, "settings": settings} for settings in (1, {}, {"lr": 1.0})]
     cases += [path.read_bytes()[:n] for n in (0, 1, 9000, -1)]
-    keys = ("G", "D", "G_average", "opt_D")
-    cases += [{**state, key: state["opt_G"]} for key in keys]
+    cases += [{**state, key: state["opt_G"]} for key in ("G", "D", "G_average")]
     for i, content in enumerate(cases):
         torch.save(content, path)
         if isinstance(content, bytes):
@@ -510,50 +451,34 @@ def test_damaged_foreign_and_changed_runs_are_refused():
 
 
 def test_any_standard_output_will_do_and_a_table_open_in_excel(monkeypatch, capsys):
-    def locked(*_):
-        raise PermissionError
-
-    monkeypatch.setattr(train_gan.csv, "writer", locked)
-    for stdout in type("Log", (), {"write": lambda *_: None})(), None:
+    monkeypatch.setattr(train_gan.csv, "writer", Mock(side_effect=PermissionError))
+    for stdout in Mock(spec=["write"]), None:
         monkeypatch.setattr(sys, "stdout", stdout)
         folder, G = train_gan.main(shlex.split(PHOTOS + "--epochs 1"))
         assert Path(folder, "checkpoint.pt").exists() and not G.training
     assert "cannot write runs/001/losses.csv" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------- README
-# Layers of G and of D, Adam's rate, batch size and epochs, where they are published
-SYSTEMS = """A|64-128-256-512-1024-784 BatchNorm1d leak=0.0|784-512-256-128-1 leak=0.2|\
-1e-05 128 100
-B|100-256-512-1024-784 leak=0.01 dropout=0.2|784-1024-512-256-1 leak=0.01 dropout=0.2|
-C|||
-D|64-256-256-784 leak=0.0|784-256-256-1 leak=0.2|0.0002 100 300
-E|||0.0002 128 40"""
+SYSTEMS = """A 64 [128, 256, 512, 1024] [512, 256, 128] True 0.0 0.0 0.2 1e-05 128 100
+B 100 [256, 512, 1024] [1024, 512, 256] False 0.2 0.01 0.01
+C
+D 64 [256, 256] [256, 256] False 0.0 0.0 0.2 0.0002 100 300
+E 64 [256, 512] [512, 256] True 0.0 0.0 0.2 0.0002 128 40"""
 
 
 @pytest.mark.parametrize("system", SYSTEMS.splitlines())
 def test_the_five_systems_of_the_readme(system):
-    """Their networks, loss and optimiser, by flags alone."""
-    name, *published, numbers = system.split("|")
-    (flags,) = re.findall(rf"\| {name}\. .*`python train_gan.py (.*)` \|\n", README)
-    args = settings(flags.replace("my_photos", "photos") + " --device cpu")
-    shape, p = (1, 28, 28), args.dropout
-    G = Generator(args.z_dim, args.g_hidden, shape, args.batch_norm, p, args.g_leak)
-    D = Discriminator(args.d_hidden, shape, p, args.d_leak)
-    for words, net in zip(published, (G, D)):
-        widths, _, hidden = words.partition(" ")
-        pairs = [f"{a}-{b}" for a, b in zip(widths.split("-"), widths.split("-")[1:])]
-        assert not pairs or layers(net).removesuffix(" Tanh") == f" {hidden} ".join(
-            pairs
-        )
-    assert numbers in ("", f"{args.lr} {args.batch_size} {args.epochs}")
-    found = args.loss, args.k, args.real_label, args.beta1, args.ema, args.r1
-    assert found == ("non-saturating", 1, 1.0, 0.9, 0.0, 0.0)
-    assert (args.label_noise > 0) == (name == "C")
+    (flags,) = re.findall(rf"\| {system[0]}\. .*`python train_gan.py (.*)` \|", README)
+    args = vars(settings(flags.replace("my_photos", "photos")))
+    names = "{z_dim} {g_hidden} {d_hidden} {batch_norm} {dropout} {g_leak} {d_leak} "
+    names += "{lr} {batch_size} {epochs}"
+    assert names.format(**args).startswith(system[2:])
+    names = "{loss} {k} {real_label} {beta1} {ema} {r1}"
+    assert names.format(**args) == "non-saturating 1 1.0 0.9 0.0 0.0"
+    assert (args["label_noise"] > 0) == (system == "C")
 
 
 def test_the_readme_is_true(monkeypatch):
-    """Every command for an epoch, every block of Python, every flag and picture."""
     monkeypatch.setattr(train_gan, "parzen", lambda *_: (0.0, 0.0))
     Path("photos").rename("my_photos")
     for command in {*re.findall(r"python train_gan\.py(?! --help)([^`\n#]*)", README)}:
@@ -562,9 +487,9 @@ def test_the_readme_is_true(monkeypatch):
         code, out, _ = run(f"{command} {data} --epochs {1 + resumed} --device cpu")
         assert code == 0 and f" {1 + resumed}/" in out, command
         shutil.rmtree("runs")
-    flags = {name.replace("_", "-") for name in vars(settings())}
-    flags |= {"no-batch-norm", "help", "index-url"}
-    assert {*re.findall(r"(?<=`)--([a-z][a-z0-9-]+)", README)} <= flags
+    flags = {*vars(settings()), "no_batch_norm"}
+    named = re.findall(r"(?<=`)--(\w[\w-]+)", README.replace("--index-url", ""))
+    assert flags >= {flag.replace("-", "_") for flag in named}
     assert run(SMALL + "--dataset drawn --epochs 2")[0] == 0
     monkeypatch.setenv("MPLBACKEND", "agg")
     names = {}

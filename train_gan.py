@@ -28,7 +28,7 @@ R1_EVERY = 4  # the penalty costs half a step: take it every 4th step, 4 times a
 SAVE_EVERY = 100  # steps, at least: an epoch of a few pictures is over in no time
 DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
 DATASETS |= {"kmnist": datasets.KMNIST, "cifar10": datasets.CIFAR10}
-DRAWN_TRAIN, DRAWN_TEST = 30_000, 5_000
+DRAWN = 30_000, 5_000  # images to train on, and for the test
 
 
 def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
@@ -215,12 +215,12 @@ def load_data(args):
     socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
     try:
         sets = [DATASETS[name](args.data_dir, t, download=True) for t in (True, False)]
-        # (N, H, W), or (N, H, W, C) of CIFAR-10 -> (N, C, H, W)
         sets = [torch.as_tensor(part.data) for part in sets]
-        sets = [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in sets]
+        sets = [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in sets]  # NCHW
     except Exception as error:
-        message = f"no {name} in --data-dir {args.data_dir}: go online to download it, "
-        message += f"copy it there, or delete a damaged copy ({str(error).split(':')[0]})"
+        why = str(error).split(":")[0]
+        message = f"no {name} in --data-dir {args.data_dir} ({why}): go online to "
+        message += "download it, copy it there, or delete a damaged copy"
         if args.dataset == name:
             raise SystemExit(f"error: {message}") from error
         print(f"warning: {message}; training on --dataset drawn", file=sys.stderr)
@@ -268,11 +268,11 @@ def draw_digits():
     torch.manual_seed(0)
     warp = transforms.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 15, Image.BILINEAR)
     font, images = ImageFont.load_default(size=22), []
-    for n in range(DRAWN_TRAIN + DRAWN_TEST):
+    for n in range(sum(DRAWN)):
         im = Image.new("L", (28, 28))
         ImageDraw.Draw(im).text((8, 1), f"{n % 10}", 255, font, stroke_width=n % 3)
         images.append(transforms.PILToTensor()(warp(im)))
-    return torch.stack(images).split([DRAWN_TRAIN, DRAWN_TEST])
+    return torch.stack(images).split(DRAWN)
 
 
 def between(kind, low, high, *ends):
