@@ -81,7 +81,7 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         decay = min(args.ema, (1 + n) / (10 + n))
         for average, weight in zip(averages, weights, strict=True):
             if average.is_floating_point():  # all but BatchNorm's count of batches
-                average.lerp_(weight, 1 - decay)
+                average.lerp_(weight, 1 - decay)  # by 1 - decay of the way to weight
         if step % 50 == 0 and os.isatty(1):  # in a terminal, a line that is replaced
             print(f"batch {step} of {len(batches)}", end="\r", flush=True)
     return {name: torch.stack(log[name]).mean().item() for name in log}
