@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import io
 import math
 import os
 import socket
@@ -40,7 +41,7 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
     # tensor_split spreads a remainder over the batches: no short one is left over.
     shuffled = images[torch.randperm(len(images), device=images.device)]
     batches = shuffled.tensor_split(max(1, len(images) // args.batch_size))
-    averages, weights = G_average.state_dict().values(), G.state_dict().values()
+    averages, weights = (net.state_dict().values() for net in (G_average, G))  # live
     log = {name: [] for name in COLUMNS[1:-1]}
     for step, batch in enumerate(batches, 1):
         # (1) Update D: maximise log D(x) + log(1 - D(G(z)))
@@ -69,7 +70,7 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         # (2) Update G: maximise log D(G(z)), on the fakes of D's step. Algorithm 1
         # draws new noise here; the same noise saves a pass through G.
         fake_logits = D(fake)  # by the updated D, and with G's graph: no detach()
-        loss_G = getattr(losses, G_LOSSES[args.loss])(fake_logits)
+        loss_G = getattr(losses, G_LOSSES[args.loss])(fake_logits)  # found by its name
         # The gradient goes through D, but D's weights must not collect it.
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
@@ -105,9 +106,9 @@ def train(args, device, images, state=None):
     opt_G = torch.optim.Adam(G.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), args.lr, (args.beta1, 0.999), fused=True)
     parts = {"G": G, "D": D, "G_average": G_average, "opt_G": opt_G, "opt_D": opt_D}
-    state = open_run(args, images, state, parts)
+    state = open_run(args, images, state, parts)  # its folder is now args.resume
     run, history, done = Path(args.resume), state["history"], len(state["history"])
-    print(f"{run}: images {state['images']} of {args.dataset}, on {device}")
+    print(f"{run}: {args.dataset} {state['images']}, {device}, {done} epochs done")
     print(f"{'epoch':>11}", *(f"{name:>7}" for name in [*COLUMNS[1:], "left"]))
     save_every = math.ceil(SAVE_EVERY / max(1, len(images) // args.batch_size))
     start, finished = time.perf_counter(), None
@@ -121,7 +122,7 @@ def train(args, device, images, state=None):
                 sys.exit(f"error: epoch {epoch} diverged: start anew with a lower --lr")
             history.append([epoch, *(round(mean, 6) for mean in means.values())])
             state.update({name: part.state_dict() for name, part in parts.items()})
-            # A copy, because Ctrl-C comes in mid-epoch and saves the last whole one.
+            # A copy: Ctrl-C comes in mid-epoch, and the last whole one is then saved.
             finished = run, copy.deepcopy(state), samples / 2 + 0.5, images[:64] / 255
             if epoch % save_every == 0 or epoch == args.epochs:
                 save(*finished)
@@ -130,7 +131,7 @@ def train(args, device, images, state=None):
                 row = (f"{value:7.3f}" for value in means.values())
                 print(f"{f'{epoch}/{args.epochs}':>11}", *row)
     finally:
-        if finished:
+        if finished:  # Ctrl-C, and an epoch that was not due
             save(*finished)
         write_gif(run)
     return run, G_average
@@ -166,22 +167,21 @@ def save(run, state, samples, real):
             csv.writer(file).writerows([COLUMNS, *state["history"]])
     except PermissionError:  # Excel locks the file that it shows
         print(f"warning: cannot write {run}/losses.csv: is it open?", file=sys.stderr)
-    temporary = run / f"checkpoint.{os.getpid()}.tmp"
+    data, temporary = io.BytesIO(), run / f"checkpoint.{os.getpid()}.tmp"
+    torch.save(state, data)
     with temporary.open("wb") as file:
-        torch.save(state, file)
+        file.write(data.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(run / "checkpoint.pt")  # all or nothing, once it is on the disk
 
 
 def write_gif(run):
-    """Write training.gif: at most 100 of the pictures, the last one held longer."""
+    """Write training.gif of all the pictures; the last one is held."""
     paths = sorted(run.glob("epoch_*.png"))
-    shown = paths[:: -math.ceil(len(paths) / 100) or 1][::-1]  # from the last one back
-    if frames := [frame for path in shown if (frame := read_image(path))]:
-        times = [150] * (len(frames) - 1) + [3000]  # milliseconds
-        more = {"append_images": frames[1:], "duration": times, "loop": 0}
-        frames[0].save(run / "training.gif", save_all=True, **more)
+    if frames := [frame for path in paths if (frame := read_image(path))]:
+        more = {"append_images": frames[1:] + 20 * frames[-1:], "duration": 150}
+        frames[0].save(run / "training.gif", save_all=True, loop=0, **more)
 
 
 @torch.no_grad()
