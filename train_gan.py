@@ -131,9 +131,11 @@ def train(args, device, images, state=None):
                 row = (f"{value:7.3f}" for value in means.values())
                 print(f"{f'{epoch}/{args.epochs}':>11}", *row)
     finally:
-        if finished:  # Ctrl-C, and an epoch that was not due
+        if finished:  # Ctrl-C, or an epoch that was not due
             save(*finished)
-        write_gif(run)
+            write_gif(run)
+        elif not done:  # an empty folder is in the way of the next start
+            run.rmdir()
     return run, G_average
 
 
@@ -218,9 +220,8 @@ def load_data(args):
         sets = [torch.as_tensor(part.data) for part in sets]
         sets = [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in sets]  # NCHW
     except Exception as error:
-        why = str(error).split(":")[0]
-        message = f"no {name} in --data-dir {args.data_dir} ({why}): go online to "
-        message += "download it, copy it there, or delete a damaged copy"
+        message = f"no {name} in --data-dir {args.data_dir}: go online to download it, "
+        message += "copy it there, or delete a damaged copy"
         if args.dataset == name:
             raise SystemExit(f"error: {message}") from error
         print(f"warning: {message}; training on --dataset drawn", file=sys.stderr)
@@ -289,9 +290,8 @@ def between(kind, low, high, *ends):
 
 
 def make_parser():
-    size, part = between(int, 0, math.inf), between(float, 0, 1, 0)
+    size, part = between(int, 0, 2**31), between(float, 0, 1, 0)
     rate, weight = between(float, 0, math.inf), between(float, 0, math.inf, 0)
-    seed, label = between(int, -1, 2**63), between(float, 0, 1, 1)
     devices = ["auto", "cpu", "mps", "cuda", *(f"cuda:{n}" for n in range(16))]
     switch = {"action": argparse.BooleanOptionalAction}
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # an error is one line
@@ -317,7 +317,7 @@ def make_parser():
     group = parser.add_argument_group("game")
     add("--loss", str, "non-saturating", "what G minimises", choices=G_LOSSES)
     add("--k", size, 1, "D steps for each G step (Algorithm 1)")
-    add("--real-label", label, 1.0, "0.9: D is not rewarded for being too sure")
+    add("--real-label", between(float, 0, 1, 1), 1.0, "0.9: D need not be too sure")
     add("--label-noise", part, 0.0, "n: labels are drawn from label - n to label + n")
     add("--r1", weight, 1.0, "gamma, the weight of the R1 penalty: keeps D smooth")
     group = parser.add_argument_group("optimisation")
@@ -326,7 +326,7 @@ def make_parser():
     add("--lr", rate, 1e-3, "Adam's step size: too large, and the game goes in circles")
     add("--beta1", part, 0.0, "Adam's momentum: in a game, it overshoots")
     add("--ema", part, 0.9999, "highest decay of the shown average of G, 0: off")
-    add("--seed", seed, 0, "of the weights, the noise and the order of the images")
+    add("--seed", between(int, -1, 2**63), 0, "of weights, noise and image order")
     add("--device", str, "auto", "cuda, mps or cpu", choices=devices, metavar="D")
     return parser
 
@@ -353,7 +353,7 @@ def parse_args(argv):
         own.update(vars(args), epochs=max(args.epochs, own["epochs"]))
     folder = args.dataset not in ["auto", *DATASETS, "drawn"]
     if folder and not os.path.isdir(args.dataset):
-        parser.error(f"--dataset {args.dataset}: no folder, nor one of {[*DATASETS]}")
+        parser.error(f"--dataset {args.dataset}: no folder, nor {[*DATASETS, 'drawn']}")
     if args.image_size and not folder:
         parser.error("--image-size: leave it out, it is for a folder of images")
     return args, state
@@ -374,7 +374,7 @@ def main(argv=None):
         run, G = train(args, device, images, state)
         if test_images is not None:
             mean, error = parzen(G.cpu(), images, test_images)
-            print(f"log-likelihood of test images: {mean:.1f} +- {error:.1f} nats")
+            print(f"log-likelihood of {args.dataset}: {mean:.1f} +- {error:.1f} nats")
         return run, G.cpu()
     except OSError as error:  # a full disk, a folder that must not be written to
         raise SystemExit(f"error: {error}") from error
