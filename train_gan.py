@@ -142,13 +142,13 @@ def train(args, device, images, state=None):
 def open_run(args, images, state, parts):
     """Make a new run's folder, or load the parts of an old one. Returns its state."""
     if state:
+        for leftover in Path(args.resume).glob("*.tmp"):  # of a killed process
+            leftover.unlink()
         try:
             if state["images"] != [*images.shape]:
                 raise ValueError(f"images {[*images.shape]}, not {state['images']}")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            for leftover in Path(args.resume).glob("*.tmp"):  # of a killed process
-                leftover.unlink()
             return state
         except Exception as error:
             raise SystemExit(f"error: data or models.py changed: {error!r}") from error
