@@ -349,6 +349,7 @@ def start(argv, line):
     process = Popen(command, env=env, stdout=PIPE, stderr=PIPE, text=True)
     while line not in process.stdout.readline():  # each comes at once, in a pipe, too
         assert process.poll() is None, process.stderr.read()
+    time.sleep(random.uniform(0.05, 0.2))  # into the middle of an epoch
     return process
 
 
@@ -362,7 +363,6 @@ def test_a_stopped_and_a_killed_run_go_on_as_if_nothing_had_happened():
         assert 'on with: python train_gan.py --resume "my r' in err, err
         assert process.returncode == 130
         process = start("--resume 'my rün'", "/40 ")
-    time.sleep(random.uniform(0, 0.2))
     process.kill()
     process.communicate()
     assert run(argv)[0] == run("--resume 'my rün'")[0] == 0
