@@ -180,10 +180,10 @@ def save(run, state, samples, real):
 
 def write_gif(run):
     """Write training.gif of all the pictures; the last one is held."""
-    paths = sorted(run.glob("epoch_*.png"))
-    if frames := [frame for path in paths if (frame := read_image(path))]:
-        more = {"append_images": frames[1:] + 20 * frames[-1:], "duration": 150}
-        frames[0].save(run / "training.gif", save_all=True, loop=0, **more)
+    if frames := [f for p in sorted(run.glob("epoch_*.png")) if (f := read_image(p))]:
+        times = [150] * (len(frames) - 1) + [3000]  # milliseconds
+        more = {"append_images": frames[1:], "duration": times, "loop": 0}
+        frames[0].save(run / "training.gif", save_all=True, **more)
 
 
 @torch.no_grad()
