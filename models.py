@@ -1,8 +1,6 @@
 """The two networks: plain multilayer perceptrons, with the layers of today."""
 
-from itertools import pairwise
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,13 +23,11 @@ class Generator(nn.Module):
         leak=0.0,
     ):
         super().__init__()
-        self.z_dim, self.image_shape = z_dim, tuple(image_shape)
-        widths = [z_dim, *hidden]
-        self.net = nn.Sequential(
-            *hidden_layers(widths, batch_norm, dropout, leak),
-            nn.Linear(widths[-1], prod(image_shape)),
-            nn.Tanh(),  # images are scaled to [-1, 1] as well
-        )
+        self.z_dim = z_dim
+        self.image_shape = image_shape
+        n_pixels = prod(image_shape)
+        self.net = perceptron(z_dim, hidden, n_pixels, batch_norm, dropout, leak)
+        self.net.append(nn.Tanh())  # images are scaled to [-1, 1] as well
 
     def forward(self, z):
         return self.net(z).unflatten(1, self.image_shape)
@@ -46,35 +42,52 @@ class Discriminator(nn.Module):
 
     def __init__(self, hidden=(512, 256), image_shape=(1, 28, 28), dropout=0, leak=0.2):
         super().__init__()
-        widths = [prod(image_shape), *hidden]
-        self.net = nn.Sequential(
-            *hidden_layers(widths, False, dropout, leak), nn.Linear(widths[-1], 1)
-        )
+        self.net = perceptron(prod(image_shape), hidden, 1, False, dropout, leak)
 
     def forward(self, x):
         return self.net(x.flatten(1))
 
 
-def hidden_layers(widths, batch_norm, dropout, leak):
+def perceptron(n_in, hidden, n_out, batch_norm, dropout, leak):
     layers = []
-    for n_in, n_out in pairwise(widths):
+    for width in hidden:
         # BatchNorm subtracts the mean, and a bias before it with the mean.
-        layers.append(nn.Linear(n_in, n_out, bias=not batch_norm))
+        layers.append(nn.Linear(n_in, width, bias=not batch_norm))
         if batch_norm:
-            layers.append(nn.BatchNorm1d(n_out))
+            layers.append(nn.BatchNorm1d(width))
         layers.append(nn.LeakyReLU(leak, inplace=True))
         if dropout:
             layers.append(nn.Dropout(dropout))
-    return layers
+        n_in = width
+    layers.append(nn.Linear(n_in, n_out))
+    return nn.Sequential(*layers)
 
 
-def load_generator(path, map_location="cpu"):
-    """The averaged generator of a run folder or of its checkpoint.pt, in eval mode."""
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    state = torch.load(path, map_location=map_location, weights_only=True)
-    s, shape = state["settings"], state["images"][1:]
-    layers = s["batch_norm"], s["dropout"], s["g_leak"]
-    G = Generator(s["z_dim"], s["g_hidden"], shape, *layers).to(map_location)
-    G.load_state_dict(state["G_average"])
+def update_average(G_average, G, decay):
+    """average = decay * average + (1 - decay) * weight, for all that G has learnt."""
+    weights = G.state_dict()
+    for name, average in G_average.state_dict().items():
+        if average.is_floating_point():  # all but BatchNorm's count of batches
+            average.lerp_(weights[name], 1 - decay)
+
+
+def load_checkpoint(run):
+    """What a run has saved, on the CPU. weights_only: a file can hold no program."""
+    path = f"{run}/checkpoint.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_generator(run):
+    """The averaged generator of a run's folder, in eval mode, on the CPU."""
+    checkpoint = load_checkpoint(run)
+    info = checkpoint["info"]
+    G = Generator(
+        info["z_dim"],
+        info["g_hidden"],
+        info["images"][1:],
+        info["batch_norm"],
+        info["dropout"],
+        info["g_leak"],
+    )
+    G.load_state_dict(checkpoint["G_average"])
     return G.eval().requires_grad_(False)
