@@ -55,5 +55,8 @@ def r1_penalty(D, x):
     that the game settles instead of circling. D must not mix the images of a batch.
     """
     x = x.detach().requires_grad_()
+    # autograd wants one number: the sum of all logits. Each logit depends on its own
+    # image only, so the gradient of the sum at an image is that of its own logit.
+    # create_graph: backward() must be able to differentiate this gradient once more.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.square().flatten(1).sum(1).mean() / 2

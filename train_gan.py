@@ -25,9 +25,9 @@ from torchvision import datasets, transforms, utils
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-R1_EVERY = 4  # the penalty costs half a step: take it every 4th step, 4 times as heavy
-SAVE_EVERY = 100  # steps, at least: an epoch of a few pictures is over in no time
-DRAWN = [30_000, 5_000]  # images to train on, and for the test
+R1_EVERY = 4  # steps. R1 costs half a step: take it more rarely, and 4 times as heavy
+SAVE_EVERY = 100  # steps, where an epoch is shorter than that
+DRAWN = [30_000, 5_000]  # images for the training, and for the test
 DATASETS = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
@@ -36,13 +36,17 @@ DATASETS = {
 
 
 def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
-    """Algorithm 1 over uint8 images (N, C, H, W), once. Returns the means by column."""
-    # Random numbers follow from seed and epoch: a resumed run draws the same ones.
+    """Algorithm 1 over all images, uint8 (N, C, H, W), once.
+
+    Returns the mean over the epoch of each column of losses.csv.
+    """
+    # Random numbers follow from seed and epoch: a resumed run draws the same.
     torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
-    # The whole set lies on the device as one tensor, and a batch is a slice of it in
-    # random order: tens of times faster than a DataLoader, which goes image by image.
+    # The whole set lies on the device as one tensor. A batch is a slice of it in
+    # random order: tens of times faster than a DataLoader, which takes the images
+    # one by one. tensor_split makes batches of equal size, so that no short one is
+    # left over: 100 images in batches of 30 or more become 34, 33 and 33.
     shuffled = images[torch.randperm(len(images), device=images.device)]
-    # tensor_split spreads a remainder over the batches: no short one is left over.
     n_batches = max(1, len(images) // args.batch_size)
     batches = shuffled.tensor_split(n_batches)
     D_steps = (epoch - 1) * n_batches  # in the epochs before this one
@@ -54,30 +58,32 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         x = batch / 127.5 - 1  # 0 .. 255 -> [-1, 1], the range of G's tanh
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
-        # detach() ends D's step at the images: else backward() would go on into G and
-        # free the graph that G's step needs. No BatchNorm in D, so one pass for both.
+        # detach() ends D's step at the images: else backward() would go on into G,
+        # and free the graph that G's step needs. D has no BatchNorm, so real and
+        # fake images can go through it together.
         real_logits, fake_logits = D(torch.cat([x, fake.detach()])).chunk(2)
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
         )
-        # Tensors, not numbers: .item() would wait for the device in every step.
+        # The log holds tensors: .item() would wait for the GPU in every step. Their
+        # graphs are not needed, so they are detached.
         log["loss_D"].append(loss_D.detach())
-        log["D_x"].append(real_logits.detach().sigmoid().mean())  # D(x), not a logit
+        log["D_x"].append(real_logits.detach().sigmoid().mean())  # sigmoid: D(x)
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())
-        correct = torch.cat([real_logits > 0, fake_logits < 0])  # logit 0: D(x) = 1/2
+        correct = torch.cat([real_logits > 0, fake_logits < 0])  # 0: D(x) = 1/2
         log["acc_D"].append(correct.float().mean())
         D_steps += 1
         if args.r1 and D_steps % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
-        opt_D.zero_grad()  # or backward() would add to the gradients of the last step
+        opt_D.zero_grad()  # else backward() adds to the gradients of the last step
         loss_D.backward()
         opt_D.step()
         if step % args.k != 0 and step < n_batches:
-            continue  # k steps of D for one of G, which also has the epoch's last
+            continue  # k steps of D, then one of G; the epoch ends with one of G
 
         # (2) Update G: maximise log D(G(z)), on the fakes of D's step. Algorithm 1
         # draws new noise here; the same noise saves a pass through G.
-        fake_logits = D(fake)  # by the updated D, and with G's graph: no detach()
+        fake_logits = D(fake)  # by the updated D; no detach(): G learns through it
         if args.loss == "minimax":
             loss_G = losses.minimax_generator_loss(fake_logits)
         else:
@@ -85,12 +91,13 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         log["loss_G"].append(loss_G.detach())
         log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())
         opt_G.zero_grad()
-        # The gradient goes through D, but D's weights must not collect it.
+        # The gradient goes through D to G. `inputs` keeps it out of D's weights.
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
         G_steps += 1
 
-        # (3) Average G, which circles, over about the last ninth of its steps so far.
+        # (3) G circles around its best weights; their average is steadier. It goes
+        # over about the last ninth of G's steps so far.
         decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
         update_average(G_average, G, decay)
 
@@ -98,12 +105,13 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
 
 
 def train(args, images, test_images, run, checkpoint=None):
-    """A whole run on uint8 images (N, C, H, W). It writes into the folder `run`.
+    """Train on uint8 images (N, C, H, W), and write all files into the folder `run`.
 
-    Goes on from the checkpoint, if there is one. Returns the average of G on the CPU.
+    Goes on from a checkpoint, if there is one. `test_images` can be None. Returns the
+    average of G, in eval mode, on the CPU.
     """
     device = args.device
-    # TF32 on GPUs, and faster products on most CPUs: good enough for a GAN.
+    # Faster products on GPUs (TF32) and most CPUs, and exact enough for a GAN.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed % 2**63)
     fixed_z = torch.randn(64, args.z_dim).to(device)  # the same for every picture
@@ -113,7 +121,7 @@ def train(args, images, test_images, run, checkpoint=None):
     ).to(device)
     D = Discriminator(args.d_hidden, shape, args.dropout, args.d_leak).to(device)
     G_average = copy.deepcopy(G).eval().requires_grad_(False)
-    # Two optimisers: each network has a loss of its own, and moves its own weights.
+    # Two optimisers: each network has its own loss, and moves its own weights.
     betas = (args.beta1, 0.999)
     opt_G = torch.optim.Adam(G.parameters(), args.lr, betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), args.lr, betas, fused=True)
@@ -126,7 +134,7 @@ def train(args, images, test_images, run, checkpoint=None):
                 part.load_state_dict(checkpoint[name])
         except Exception as error:
             raise SystemExit(f"error: {run} does not fit: {error!r:.300}") from error
-        for optimizer in opt_G, opt_D:  # a flag may have changed these two
+        for optimizer in opt_G, opt_D:  # flags may have changed these settings
             optimizer.param_groups[0].update(lr=args.lr, betas=betas)
 
     info = vars(args) | {"torch": f"{torch.__version__}", "images": list(images.shape)}
@@ -160,18 +168,18 @@ def train(args, images, test_images, run, checkpoint=None):
                     writer.writerows(history)
             except PermissionError as error:  # Excel locks the table that it shows
                 warn(error)
-            # Last of all: what a killed process has not written is then done again.
+            # The checkpoint comes last: if the process is killed before, all of this
+            # is done again. A full disk leaves the old file whole, since the new one
+            # is made in memory, written beside it, and then put in its place.
             state = {"info": info, "history": history}
             for name, part in parts.items():
                 state[name] = part.state_dict()
-            # By way of the memory and of a second file: a full disk, or a process that
-            # is killed while it writes, leaves the old checkpoint whole.
             data = io.BytesIO()
             torch.save(state, data)
             temporary = run / "checkpoint.tmp"
             temporary.write_bytes(data.getbuffer())
             temporary.replace(f"{run}/checkpoint.pt")
-    finally:  # after Ctrl-C, too
+    finally:  # after Ctrl-C as well
         write_gif(run)
 
     G_average.cpu()
@@ -202,23 +210,25 @@ def write_gif(run):
 
 
 def parzen(samples, images, test_images):
-    """Log-likelihood of the test images by Parzen windows (Goodfellow et al. 2014, 5).
+    """Log-likelihood of the test images (Goodfellow et al. 2014, section 5).
 
-    Around every sample lies a Gaussian of width sigma, the best of ten for 1,000
-    validation images, the first of the last 10,000 of the training set. The paper kept
-    those out of training; here G has seen them. Samples (N, C, H, W) in [0, 1], images
-    uint8 -> mean and its standard error over the test images, in nats.
+    G has no density, so a Gaussian of width sigma is put on each sample: a Parzen
+    window. Sigma is the best of ten for 1,000 validation images. The paper kept those
+    out of training (50,000 images); here they are part of it (60,000), and G has seen
+    them. Samples (N, C, H, W) in [0, 1], images uint8 -> the mean over the test images
+    and its standard error, in nats.
     """
-    torch.set_float32_matmul_precision("highest")  # distances: differences, cancelling
+    # Distances are small differences of large numbers: they need exact products.
+    torch.set_float32_matmul_precision("highest")
     validation = images[-10_000:][:1000]
     sigmas = torch.logspace(-1, 0, 10)
-    best = max(sigmas, key=lambda sigma: log_density(validation, samples, sigma).mean())
+    best = max(sigmas, key=lambda s: log_density(validation, samples, s).mean())
     scores = log_density(test_images, samples, best)
     return scores.mean().item(), scores.std().item() / len(scores) ** 0.5
 
 
 def log_density(images, samples, sigma):
-    """For each image x, the log of the mean over the samples of N(x; sample, sigma^2)."""
+    """For each image x: log of the mean, over all samples, of N(x; sample, sigma^2)."""
     distances = torch.cdist(images.flatten(1) / 255, samples.flatten(1))
     log_sums = distances.square_().div_(-2 * sigma**2).logsumexp(1)
     norm = samples[0].numel() / 2 * math.log(2 * math.pi * sigma**2)
@@ -252,17 +262,17 @@ def load_data(args):
 
 
 def load_folder(folder, size):
-    """Every image below the folder, uint8 (N, C, size, size): grey, if all are."""
+    """Every image below the folder, uint8 (N, C, size, size); C = 1 if all are grey."""
     images = []
     unreadable = []
-    # The pattern follows links to folders, and leaves out what is hidden.
+    # "**" goes into folders, and into links to folders, but not into hidden ones.
     for path in sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True)):
         try:
             if os.path.isdir(path):
-                os.listdir(path)  # fails without permission, where glob is silent
+                os.listdir(path)  # fails without permission; glob says nothing
             else:
                 images.append(read_image(path, size))
-        except Exception as error:  # noqa: BLE001 (a damaged file can raise any)
+        except Exception as error:  # noqa: BLE001 damaged files raise any
             unreadable.append(f"{path}: {error!r}")
     if unreadable:
         warn(f"{len(unreadable)} unreadable, the first is {unreadable[0]}")
@@ -271,26 +281,29 @@ def load_folder(folder, size):
     images = torch.stack(torch.broadcast_tensors(*images))
     low, high = images.aminmax()
     if low == high:
-        warn(f"all images in {folder} are flat and alike: good losses mean nothing")
-    if images.is_floating_point():  # more than 8 bits: one scale for the whole folder
+        warn(f"all images in {folder} are one flat colour: the losses say nothing")
+    if images.is_floating_point():  # 16 bits or more: one scale for the whole folder
         images = ((images - low) * 255 / (high - low)).round().byte()
     return images
 
 
 def read_image(path, size):
-    """The image (C, size, size): uint8, grey or RGB; float32, where it is deeper."""
+    """One image, cropped to (C, size, size): uint8, or float32 from 16 bits on.
+
+    Raises what Pillow raises for a damaged file, which can be any exception.
+    """
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode[0] in "IF":  # 16 bits, 32 bits, floats
+    if image.mode[0] in "IF":  # I;16, I;16B, I and F: integers and floats
         image = image.convert("F")
     else:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")  # behind what is transparent
+        white = Image.new("RGBA", image.size, "white")  # below transparent parts
         image = Image.alpha_composite(white, image).convert("RGB")
     x = transforms.PILToTensor()(ImageOps.fit(image, (size, size)))
     if not x.isfinite().all():
-        raise ValueError("a pixel is no finite number")
+        raise ValueError("a pixel is infinite or missing")
     if (x == x[:1]).all():
-        return x[:1].clone()
+        return x[:1].clone()  # grey: one channel is enough
     return x
 
 
@@ -307,7 +320,7 @@ def draw_digits():
     return torch.stack(digits).split(DRAWN)
 
 
-# argparse puts these names into its messages: "invalid whole_from_1 value: '0'".
+# Three types of flags. argparse shows their names: "invalid whole_from_1 value: '0'".
 def whole_from_1(text):
     number = int(text)
     if number < 1:
@@ -402,7 +415,7 @@ def choose_device(name):
 
 
 def new_folder():
-    """Make runs/001, or the next number: two that start at once must not share one."""
+    """Make runs/001, or the next free number. Runs that start together never share."""
     number = 1
     while True:
         run = f"runs/{number:03}"
@@ -428,7 +441,7 @@ def main(argv=None):
         run.mkdir(parents=True, exist_ok=True)
         if not args.resume and os.listdir(run):
             sys.exit(
-                f"error: --out-dir {run} is not empty: give another, or --resume it"
+                f"error: --out-dir {run} is not empty: name a new one, or --resume it"
             )
         return run, train(args, images, test_images, run, checkpoint)
     except OSError as error:  # a full disk, a folder that must not be written to
