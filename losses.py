@@ -51,8 +51,9 @@ def minimax_generator_loss(fake_logits):
 def r1_penalty(D, x):
     """1/2 E[|grad_x D(x)|^2] on real x, D as a logit (Mescheder et al. 2018, eq. 9).
 
-    Images (N, C, H, W) in [-1, 1] -> scalar. It keeps D smooth around the data, so
-    that the game settles instead of circling. D must not mix the images of a batch.
+    Images (N, C, H, W) in [-1, 1] -> scalar. A steep D throws G from one side to the
+    other. The penalty keeps D smooth around the data, so that the game settles. D must
+    not mix the images of a batch.
     """
     x = x.detach().requires_grad_()
     # autograd wants one number: the sum of all logits. Each logit depends on its own

@@ -51,7 +51,7 @@ class Discriminator(nn.Module):
 def perceptron(n_in, hidden, n_out, batch_norm, dropout, leak):
     layers = []
     for width in hidden:
-        # BatchNorm subtracts the mean, and a bias before it with the mean.
+        # BatchNorm subtracts the mean, so a bias before it would vanish.
         layers.append(nn.Linear(n_in, width, bias=not batch_norm))
         if batch_norm:
             layers.append(nn.BatchNorm1d(width))

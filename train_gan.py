@@ -1,5 +1,9 @@
 """Train a generative adversarial network by Algorithm 1 of Goodfellow et al. 2014.
 
+A generator G makes images out of noise z. A discriminator D answers with D(x), the
+probability that an image x is real. D learns to tell real images from G's, and G
+learns to make images that D takes for real, in turn.
+
 python train_gan.py                           # MNIST, 40 epochs, the best device
 python train_gan.py --resume runs/001         # go on where a run was cut off
 """
@@ -40,16 +44,17 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
 
     Returns the mean over the epoch of each column of losses.csv.
     """
-    # Random numbers follow from seed and epoch: a resumed run draws the same.
+    # Random numbers follow from seed and epoch: a resumed run draws the same. The
+    # factor keeps the epochs of two seeds apart, and 63 bits are the largest seed.
     torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
     # The whole set lies on the device as one tensor. A batch is a slice of it in
     # random order: tens of times faster than a DataLoader, which takes the images
-    # one by one. tensor_split makes batches of equal size, so that no short one is
-    # left over: 100 images in batches of 30 or more become 34, 33 and 33.
+    # one by one. tensor_split spreads the rest over all batches, so that no short
+    # one is left over: 100 images at --batch-size 30 become 34, 33 and 33.
     shuffled = images[torch.randperm(len(images), device=images.device)]
     n_batches = max(1, len(images) // args.batch_size)
     batches = shuffled.tensor_split(n_batches)
-    D_steps = (epoch - 1) * n_batches  # in the epochs before this one
+    D_steps = (epoch - 1) * n_batches  # of the epochs before this one
     G_steps = (epoch - 1) * math.ceil(n_batches / args.k)
     log = defaultdict(list)
 
@@ -65,14 +70,16 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
         )
-        # The log holds tensors: .item() would wait for the GPU in every step. Their
-        # graphs are not needed, so they are detached.
+        # The log holds tensors, since .item() would wait for the GPU in every step.
+        # D(x) = sigmoid(logit), so D is right where a real logit is above 0.
         log["loss_D"].append(loss_D.detach())
-        log["D_x"].append(real_logits.detach().sigmoid().mean())  # sigmoid: D(x)
-        log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())
-        correct = torch.cat([real_logits > 0, fake_logits < 0])  # 0: D(x) = 1/2
+        log["D_x"].append(real_logits.detach().sigmoid().mean())
+        log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before the update
+        correct = torch.cat([real_logits > 0, fake_logits < 0])
         log["acc_D"].append(correct.float().mean())
         D_steps += 1
+        # R1 keeps D from growing steep. It comes after the log: without it, log 4 is
+        # what loss_D should come to.
         if args.r1 and D_steps % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # else backward() adds to the gradients of the last step
@@ -81,23 +88,27 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         if step % args.k != 0 and step < n_batches:
             continue  # k steps of D, then one of G; the epoch ends with one of G
 
-        # (2) Update G: maximise log D(G(z)), on the fakes of D's step. Algorithm 1
-        # draws new noise here; the same noise saves a pass through G.
-        fake_logits = D(fake)  # by the updated D; no detach(): G learns through it
+        # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))). Algorithm 1
+        # draws new noise here. D has changed and G has not, so the fakes of D's step
+        # will do as well, and save a pass through G.
+        fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
         if args.loss == "minimax":
             loss_G = losses.minimax_generator_loss(fake_logits)
         else:
             loss_G = losses.generator_loss(fake_logits)
         log["loss_G"].append(loss_G.detach())
-        log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())
+        log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())  # after the update
         opt_G.zero_grad()
-        # The gradient goes through D to G. `inputs` keeps it out of D's weights.
+        # The gradient goes through D to G. D's weights need none: `inputs` saves the
+        # time, and zero_grad() would clear it anyway.
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
         G_steps += 1
 
-        # (3) G circles around its best weights; their average is steadier. It goes
-        # over about the last ninth of G's steps so far.
+        # (3) Average G: its weights circle around good ones, since D moves as well.
+        # The first weights are bad, so the average is short at first: it goes over
+        # about 1 / (1 - decay) steps, which is a ninth of G's steps, until `ema` ends
+        # its growth.
         decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
         update_average(G_average, G, decay)
 
@@ -111,17 +122,20 @@ def train(args, images, test_images, run, checkpoint=None):
     average of G, in eval mode, on the CPU.
     """
     device = args.device
-    # Faster products on GPUs (TF32) and most CPUs, and exact enough for a GAN.
+    # Matrix products may round their inputs to fewer bits than "highest": faster on
+    # GPUs (TF32) and most CPUs, and good enough for a GAN.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed % 2**63)
-    fixed_z = torch.randn(64, args.z_dim).to(device)  # the same for every picture
+    # The noise of all pictures, drawn on the CPU: the same on every device.
+    fixed_z = torch.randn(64, args.z_dim).to(device)
     shape = images.shape[1:]
     G = Generator(
         args.z_dim, args.g_hidden, shape, args.batch_norm, args.dropout, args.g_leak
     ).to(device)
     D = Discriminator(args.d_hidden, shape, args.dropout, args.d_leak).to(device)
     G_average = copy.deepcopy(G).eval().requires_grad_(False)
-    # Two optimisers: each network has its own loss, and moves its own weights.
+    # Two optimisers: each network has its own loss, and moves its own weights. fused:
+    # one fast call for all weights.
     betas = (args.beta1, 0.999)
     opt_G = torch.optim.Adam(G.parameters(), args.lr, betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), args.lr, betas, fused=True)
@@ -137,6 +151,7 @@ def train(args, images, test_images, run, checkpoint=None):
         for optimizer in opt_G, opt_D:  # flags may have changed these settings
             optimizer.param_groups[0].update(lr=args.lr, betas=betas)
 
+    # torch.__version__ is no plain text: a checkpoint could not be read back with it.
     info = vars(args) | {"torch": f"{torch.__version__}", "images": list(images.shape)}
     print(f"{run}: {args.dataset} {info['images']}, {device}")
     print("   epoch  loss_D     D_x  D_G_z1   acc_D  loss_G  D_G_z2 seconds")
@@ -168,9 +183,10 @@ def train(args, images, test_images, run, checkpoint=None):
                     writer.writerows(history)
             except PermissionError as error:  # Excel locks the table that it shows
                 warn(error)
-            # The checkpoint comes last: if the process is killed before, all of this
-            # is done again. A full disk leaves the old file whole, since the new one
-            # is made in memory, written beside it, and then put in its place.
+            # The checkpoint comes last: if the process is killed before, --resume does
+            # all of this again. It is made in memory, where torch.save cannot fail on
+            # a full disk, written beside the old one, and then put in its place: the
+            # old one stays whole until then.
             state = {"info": info, "history": history}
             for name, part in parts.items():
                 state[name] = part.state_dict()
@@ -221,7 +237,7 @@ def parzen(samples, images, test_images):
     # Distances are small differences of large numbers: they need exact products.
     torch.set_float32_matmul_precision("highest")
     validation = images[-10_000:][:1000]
-    sigmas = torch.logspace(-1, 0, 10)
+    sigmas = torch.logspace(-1, 0, 10)  # from 0.1 to 1
     best = max(sigmas, key=lambda s: log_density(validation, samples, s).mean())
     scores = log_density(test_images, samples, best)
     return scores.mean().item(), scores.std().item() / len(scores) ** 0.5
@@ -278,6 +294,7 @@ def load_folder(folder, size):
         warn(f"{len(unreadable)} unreadable, the first is {unreadable[0]}")
     if len(images) < 2:
         sys.exit(f"error: {folder}: {len(images)} readable images, 2 are needed")
+    # Grey images get three channels where others have colours.
     images = torch.stack(torch.broadcast_tensors(*images))
     low, high = images.aminmax()
     if low == high:
@@ -393,7 +410,8 @@ def parse_args(argv):
         return args, None
     try:
         checkpoint = load_checkpoint(args.resume)
-        parser.set_defaults(**checkpoint["info"])  # for what is not given now
+        # Parse once more, with the run's settings for what is not given now.
+        parser.set_defaults(**checkpoint["info"])
     except Exception as error:
         raise SystemExit(f"error: --resume {args.resume}: {error!r:.60}") from error
     return parser.parse_args(argv), checkpoint
