@@ -44,15 +44,18 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
 
     Returns the mean over the epoch of each column of losses.csv.
     """
-    # Random numbers follow from seed and epoch: a resumed run draws the same. The
-    # factor keeps the epochs of two seeds apart, and 63 bits are the largest seed.
+    # Random numbers follow from seed and epoch: a resumed run draws the same.
+    # The factor keeps the epochs of two seeds apart, and 63 bits are the
+    # largest seed.
     torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
-    # The whole set lies on the device as one tensor. A batch is a slice of it in
-    # random order: tens of times faster than a DataLoader, which takes the images
-    # one by one. tensor_split spreads the rest over all batches, so that no short
-    # one is left over: 100 images at --batch-size 30 become 34, 33 and 33.
+    # The whole set lies on the device as one tensor. A batch is a slice of it
+    # in random order: tens of times faster than a DataLoader, which takes the
+    # images one by one. tensor_split spreads the rest over all batches, so
+    # that no short one is left over: 100 images at --batch-size 30 become 34,
+    # 33 and 33.
+    # BatchNorm needs 2 images at least.
     shuffled = images[torch.randperm(len(images), device=images.device)]
-    n_batches = max(1, len(images) // args.batch_size)
+    n_batches = max(1, len(images) // max(2, args.batch_size))
     batches = shuffled.tensor_split(n_batches)
     D_steps = (epoch - 1) * n_batches  # of the epochs before this one
     G_steps = (epoch - 1) * math.ceil(n_batches / args.k)
@@ -63,23 +66,23 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         x = batch / 127.5 - 1  # 0 .. 255 -> [-1, 1], the range of G's tanh
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
-        # detach() ends D's step at the images: else backward() would go on into G,
-        # and free the graph that G's step needs. D has no BatchNorm, so real and
-        # fake images can go through it together.
+        # detach() ends D's step at the images: else backward() would go on
+        # into G, and free the graph that G's step needs. D has no BatchNorm,
+        # so real and fake images can go through it together.
         real_logits, fake_logits = D(torch.cat([x, fake.detach()])).chunk(2)
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
         )
-        # The log holds tensors, since .item() would wait for the GPU in every step.
-        # D(x) = sigmoid(logit), so D is right where a real logit is above 0.
+        # The log holds tensors, since .item() would wait for the GPU in every
+        # step. D(x) = sigmoid(logit), and it is above 1/2 where logit > 0.
         log["loss_D"].append(loss_D.detach())
         log["D_x"].append(real_logits.detach().sigmoid().mean())
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before the update
         correct = torch.cat([real_logits > 0, fake_logits < 0])
         log["acc_D"].append(correct.float().mean())
         D_steps += 1
-        # R1 keeps D from growing steep. It comes after the log: without it, log 4 is
-        # what loss_D should come to.
+        # R1 keeps D from growing steep. It comes after the log: without it,
+        # log 4 is what loss_D should come to.
         if args.r1 and D_steps % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # else backward() adds to the gradients of the last step
@@ -88,9 +91,9 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         if step % args.k != 0 and step < n_batches:
             continue  # k steps of D, then one of G; the epoch ends with one of G
 
-        # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))). Algorithm 1
-        # draws new noise here. D has changed and G has not, so the fakes of D's step
-        # will do as well, and save a pass through G.
+        # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))).
+        # Algorithm 1 draws new noise here. D has changed and G has not, so the
+        # fakes of D's step will do as well, and save a pass through G.
         fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
         if args.loss == "minimax":
             loss_G = losses.minimax_generator_loss(fake_logits)
@@ -99,16 +102,16 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         log["loss_G"].append(loss_G.detach())
         log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())  # after the update
         opt_G.zero_grad()
-        # The gradient goes through D to G. D's weights need none: `inputs` saves the
-        # time, and zero_grad() would clear it anyway.
+        # The gradient goes through D to G. D's weights need none: `inputs`
+        # saves the time, and zero_grad() would clear it anyway.
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
         G_steps += 1
 
-        # (3) Average G: its weights circle around good ones, since D moves as well.
-        # The first weights are bad, so the average is short at first: it goes over
-        # about 1 / (1 - decay) steps, which is a ninth of G's steps, until `ema` ends
-        # its growth.
+        # (3) Average G: its weights circle around good ones, since D moves as
+        # well. The first weights are bad, so the average is short at first: it
+        # goes over about 1 / (1 - decay) steps, which is a ninth of G's steps,
+        # until `ema` ends its growth.
         decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
         update_average(G_average, G, decay)
 
@@ -122,8 +125,8 @@ def train(args, images, test_images, run, checkpoint=None):
     average of G, in eval mode, on the CPU.
     """
     device = args.device
-    # Matrix products may round their inputs to fewer bits than "highest": faster on
-    # GPUs (TF32) and most CPUs, and good enough for a GAN.
+    # Matrix products may round their inputs to fewer bits than "highest":
+    # faster on GPUs (TF32) and most CPUs, and good enough for a GAN.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed % 2**63)
     # The noise of all pictures, drawn on the CPU: the same on every device.
@@ -134,8 +137,8 @@ def train(args, images, test_images, run, checkpoint=None):
     ).to(device)
     D = Discriminator(args.d_hidden, shape, args.dropout, args.d_leak).to(device)
     G_average = copy.deepcopy(G).eval().requires_grad_(False)
-    # Two optimisers: each network has its own loss, and moves its own weights. fused:
-    # one fast call for all weights.
+    # Two optimisers: each network has its own loss, and moves its own weights.
+    # fused: one fast call for all weights.
     betas = (args.beta1, 0.999)
     opt_G = torch.optim.Adam(G.parameters(), args.lr, betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), args.lr, betas, fused=True)
@@ -151,7 +154,7 @@ def train(args, images, test_images, run, checkpoint=None):
         for optimizer in opt_G, opt_D:  # flags may have changed these settings
             optimizer.param_groups[0].update(lr=args.lr, betas=betas)
 
-    # torch.__version__ is no plain text: a checkpoint could not be read back with it.
+    # torch.__version__ is no plain text: no checkpoint could be read with it.
     info = vars(args) | {"torch": f"{torch.__version__}", "images": list(images.shape)}
     print(f"{run}: {args.dataset} {info['images']}, {device}")
     print("   epoch  loss_D     D_x  D_G_z1   acc_D  loss_G  D_G_z2 seconds")
@@ -183,17 +186,16 @@ def train(args, images, test_images, run, checkpoint=None):
                     writer.writerows(history)
             except PermissionError as error:  # Excel locks the table that it shows
                 warn(error)
-            # The checkpoint comes last: if the process is killed before, --resume does
-            # all of this again. It is made in memory, where torch.save cannot fail on
-            # a full disk, written beside the old one, and then put in its place: the
-            # old one stays whole until then.
+            # The checkpoint comes last: if the process is killed before,
+            # --resume does all of this again. It is made in memory, where
+            # torch.save cannot fail on a full disk, written beside the old
+            # one, and then put in its place.
             state = {"info": info, "history": history}
-            for name, part in parts.items():
-                state[name] = part.state_dict()
+            state |= {name: part.state_dict() for name, part in parts.items()}
             data = io.BytesIO()
             torch.save(state, data)
             temporary = run / "checkpoint.tmp"
-            temporary.write_bytes(data.getbuffer())
+            temporary.write_bytes(data.getvalue())
             temporary.replace(f"{run}/checkpoint.pt")
     finally:  # after Ctrl-C as well
         write_gif(run)
@@ -234,7 +236,7 @@ def parzen(samples, images, test_images):
     them. Samples (N, C, H, W) in [0, 1], images uint8 -> the mean over the test images
     and its standard error, in nats.
     """
-    # Distances are small differences of large numbers: they need exact products.
+    # Distances are small differences of large numbers: exact products, please.
     torch.set_float32_matmul_precision("highest")
     validation = images[-10_000:][:1000]
     sigmas = torch.logspace(-1, 0, 10)  # from 0.1 to 1
@@ -281,7 +283,7 @@ def load_folder(folder, size):
     """Every image below the folder, uint8 (N, C, size, size); C = 1 if all are grey."""
     images = []
     unreadable = []
-    # "**" goes into folders, and into links to folders, but not into hidden ones.
+    # "**" goes into folders and into links to folders, but not into hidden ones.
     for path in sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True)):
         try:
             if os.path.isdir(path):
@@ -328,7 +330,7 @@ def draw_digits():
     """Ten digits in Pillow's own font, warped at random: the same at every call."""
     torch.manual_seed(0)
     warp = transforms.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 15, Image.BILINEAR)
-    font = ImageFont.load_default(size=22)
+    font = ImageFont.load_default(22)
     digits = []
     for n in range(sum(DRAWN)):
         image = Image.new("L", (28, 28))
@@ -398,7 +400,7 @@ def parse_args(argv):
     add("--r1", 1.0, "gamma, weight of the R1 penalty: a smooth D", number_from_0)
     # The optimisation
     add("--epochs", 40, "passes over the data in all", whole_from_1)
-    add("--batch-size", 128, "images for each step", whole_from_1)
+    add("--batch-size", 128, "images for each step, 2 at least", whole_from_1)
     add("--lr", 1e-3, "Adam's step size: too large, and it circles", number_from_0)
     add("--beta1", 0.0, "Adam's momentum: in a game, it overshoots", share)
     add("--ema", 0.9999, "highest decay of the shown average of G, 0: off", share)
@@ -466,6 +468,7 @@ def main(argv=None):
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         if run:
+            # Before the first save there is nothing to go on with.
             print(f'\nstopped; go on with: python train_gan.py --resume "{run}"')
         raise SystemExit(130)
 
