@@ -29,6 +29,10 @@ parser.add_argument("--data-dir", default="data")
 parser.add_argument("--rounds", type=int, default=3)
 args = parser.parse_args()
 STEPS, WARM_UP = 300, 20
+try:
+    datasets.MNIST(args.data_dir)
+except RuntimeError as error:
+    sys.exit(f"error: no MNIST in --data-dir {args.data_dir}: {error}")
 
 
 def conventional():
