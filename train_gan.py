@@ -29,7 +29,7 @@ from torchvision import datasets, transforms, utils
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-R1_EVERY = 4  # steps. R1 costs half a step: take it more rarely, and 4 times as heavy
+R1_EVERY = 4  # D steps. One R1 takes half as long as a step: every 4th, times 4
 SAVE_EVERY = 100  # steps, where an epoch is shorter than that
 DRAWN = [30_000, 5_000]  # images for the training, and for the test
 DATASETS = {
@@ -45,8 +45,8 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
     Returns the mean over the epoch of each column of losses.csv.
     """
     # Random numbers follow from seed and epoch: a resumed run draws the same.
-    # The factor keeps the epochs of two seeds apart, and 63 bits are the
-    # largest seed.
+    # Without the factor, seed 0 would draw in epoch 2 what seed 1 draws in
+    # epoch 1. torch takes seeds of 63 bits.
     torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
     # The whole set lies on the device as one tensor. A batch is a slice of it
     # in random order: tens of times faster than a DataLoader, which takes the
@@ -77,12 +77,12 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         # step. D(x) = sigmoid(logit), and it is above 1/2 where logit > 0.
         log["loss_D"].append(loss_D.detach())
         log["D_x"].append(real_logits.detach().sigmoid().mean())
-        log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before the update
+        log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before D's update
         correct = torch.cat([real_logits > 0, fake_logits < 0])
         log["acc_D"].append(correct.float().mean())
         D_steps += 1
-        # R1 keeps D from growing steep. It comes after the log: without it,
-        # log 4 is what loss_D should come to.
+        # The log comes before R1 is added. If G is perfect, D can only guess, and
+        # loss_D is log 4: near log 4 is good, and near 0 means that G loses.
         if args.r1 and D_steps % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # else backward() adds to the gradients of the last step
@@ -92,26 +92,26 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
             continue  # k steps of D, then one of G; the epoch ends with one of G
 
         # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))).
-        # Algorithm 1 draws new noise here. D has changed and G has not, so the
-        # fakes of D's step will do as well, and save a pass through G.
+        # Algorithm 1 draws new noise here. We keep the fakes of D's step: G has
+        # not changed since, so a pass through G is saved. Only D has changed.
         fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
         if args.loss == "minimax":
             loss_G = losses.minimax_generator_loss(fake_logits)
         else:
             loss_G = losses.generator_loss(fake_logits)
         log["loss_G"].append(loss_G.detach())
-        log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())  # after the update
+        log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())  # after D's update
         opt_G.zero_grad()
-        # The gradient goes through D to G. D's weights need none: `inputs`
-        # saves the time, and zero_grad() would clear it anyway.
+        # The gradient goes through D to G. `inputs` saves the time for D's own
+        # gradients, which opt_D.zero_grad() would clear in the next step.
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
         G_steps += 1
 
-        # (3) Average G: its weights circle around good ones, since D moves as
-        # well. The first weights are bad, so the average is short at first: it
-        # goes over about 1 / (1 - decay) steps, which is a ninth of G's steps,
-        # until `ema` ends its growth.
+        # (3) Average G: G chases D and D chases G, so G's weights go round and
+        # round. Their average is near the centre. 1 - decay is 9 / (10 + G_steps):
+        # the average covers about the last ninth of all steps, so that the bad
+        # first weights are forgotten, and at most 1 / (1 - ema) steps.
         decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
         update_average(G_average, G, decay)
 
@@ -125,8 +125,8 @@ def train(args, images, test_images, run, checkpoint=None):
     average of G, in eval mode, on the CPU.
     """
     device = args.device
-    # Matrix products may round their inputs to fewer bits than "highest":
-    # faster on GPUs (TF32) and most CPUs, and good enough for a GAN.
+    # Matrix products may round their inputs to fewer bits (on GPUs to TF32):
+    # faster there and on most CPUs, and good enough for a GAN.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed % 2**63)
     # The noise of all pictures, drawn on the CPU: the same on every device.
@@ -154,7 +154,7 @@ def train(args, images, test_images, run, checkpoint=None):
         for optimizer in opt_G, opt_D:  # flags may have changed these settings
             optimizer.param_groups[0].update(lr=args.lr, betas=betas)
 
-    # torch.__version__ is no plain text: no checkpoint could be read with it.
+    # torch.__version__ is more than a str, and weights_only=True would refuse it.
     info = vars(args) | {"torch": f"{torch.__version__}", "images": list(images.shape)}
     print(f"{run}: {args.dataset} {info['images']}, {device}")
     print("   epoch  loss_D     D_x  D_G_z1   acc_D  loss_G  D_G_z2 seconds")
