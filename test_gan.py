@@ -205,7 +205,7 @@ GAMES = ["--k 2 --r1 3 --batch-size 21 --seed 4", "--ema 0.3", "--dataset colour
 
 @mark.parametrize("flags", GAMES)
 def test_step_by_step_equals_the_naive_loop(flags):
-    save_pictures("colour", torch.rand(9, 28, 28, 3) * 255)
+    save_pictures("colour", 255 * torch.rand(9, 28, 28, 3))
     game, twin = make_game(f"--lr 0.1 {flags}"), make_game(f"--lr 0.1 {flags}")
     for opt in game[6:] + twin[6:]:
         opt.param_groups[0]["eps"] = 1  # else Adam blows up rounding errors

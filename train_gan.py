@@ -88,7 +88,7 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         opt_D.zero_grad()  # else backward() adds to the gradients of the last step
         loss_D.backward()
         opt_D.step()
-        if step % args.k != 0 and step < n_batches:
+        if step % args.k and step < n_batches:
             continue  # k steps of D, then one of G; the epoch ends with one of G
 
         # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))).
@@ -190,10 +190,9 @@ def train(args, images, test_images, run, checkpoint=None):
             # --resume does all of this again. It is made in memory, where
             # torch.save cannot fail on a full disk, written beside the old
             # one, and then put in its place.
-            state = {"info": info, "history": history}
-            state |= {name: part.state_dict() for name, part in parts.items()}
+            state = {name: part.state_dict() for name, part in parts.items()}
             data = io.BytesIO()
-            torch.save(state, data)
+            torch.save(state | {"info": info, "history": history}, data)
             temporary = run / "checkpoint.tmp"
             temporary.write_bytes(data.getvalue())
             temporary.replace(f"{run}/checkpoint.pt")
@@ -216,15 +215,18 @@ def write_gif(run):
     """Write training.gif of all the pictures."""
     paths = sorted(glob.glob(f"{glob.escape(str(run))}/epoch_*.png"))
     paths.sort(key=len)  # epoch_100000 comes after epoch_99999
-    frames = [Image.open(path).convert("RGB") for path in paths]
-    if frames:
-        frames[0].save(
-            f"{run}/training.gif",
-            save_all=True,
-            append_images=frames[1:],
-            duration=150,  # milliseconds
-            loop=0,
-        )
+    try:
+        frames = [Image.open(path).convert("RGB") for path in paths]
+        if frames:
+            frames[0].save(
+                f"{run}/training.gif",
+                save_all=True,
+                append_images=frames[1:],
+                duration=150,  # milliseconds
+                loop=0,
+            )
+    except OSError as error:  # a locked file, or half a picture
+        warn(error)
 
 
 def parzen(samples, images, test_images):
@@ -238,7 +240,7 @@ def parzen(samples, images, test_images):
     """
     # Distances are small differences of large numbers: exact products, please.
     torch.set_float32_matmul_precision("highest")
-    validation = images[-10_000:][:1000]
+    validation = images[-10_000:-9000]
     sigmas = torch.logspace(-1, 0, 10)  # from 0.1 to 1
     best = max(sigmas, key=lambda s: log_density(validation, samples, s).mean())
     scores = log_density(test_images, samples, best)
@@ -249,7 +251,7 @@ def log_density(images, samples, sigma):
     """For each image x: log of the mean, over all samples, of N(x; sample, sigma^2)."""
     distances = torch.cdist(images.flatten(1) / 255, samples.flatten(1))
     log_sums = distances.square_().div_(-2 * sigma**2).logsumexp(1)
-    norm = samples[0].numel() / 2 * math.log(2 * math.pi * sigma**2)
+    norm = samples[0].numel() / 2 * math.log(math.tau * sigma**2)
     return log_sums - math.log(len(samples)) - norm
 
 
@@ -288,14 +290,14 @@ def load_folder(folder, size):
         try:
             if os.path.isdir(path):
                 os.listdir(path)  # fails without permission; glob says nothing
-            else:
-                images.append(read_image(path, size))
+                continue
+            images.append(read_image(path, size))
         except Exception as error:  # noqa: BLE001 damaged files raise any
             unreadable.append(f"{path}: {error!r}")
     if unreadable:
         warn(f"{len(unreadable)} unreadable, the first is {unreadable[0]}")
     if len(images) < 2:
-        sys.exit(f"error: {folder}: {len(images)} readable images, 2 are needed")
+        sys.exit(f"error: --dataset {folder}: {len(images)} images, 2 are needed")
     # Grey images get three channels where others have colours.
     images = torch.stack(torch.broadcast_tensors(*images))
     low, high = images.aminmax()
@@ -372,7 +374,7 @@ def parse_args(argv):
     add("--dataset", "auto", "mnist, fashion-mnist, kmnist, drawn, or a folder's path")
     add("--data-dir", "data", "where data sets are, or will be put")
     add("--image-size", 28, "pixels a side of a folder's images", whole_from_1)
-    add("--out-dir", None, "a new folder for the run; None: runs/001, ...")
+    add("--out-dir", None, "a new folder, without --resume; None: runs/001, ...")
     add("--resume", None, "go on with the run in this folder")
     # The networks
     add("--z-dim", 64, "length of G's noise: in how many ways it varies", whole_from_1)
@@ -458,18 +460,17 @@ def main(argv=None):
     try:
         args.dataset, images, test_images = load_data(args)
         run = Path(args.resume or args.out_dir or new_folder())
-        run.mkdir(parents=True, exist_ok=True)
+        os.makedirs(run, exist_ok=True)
         if not args.resume and os.listdir(run):
             sys.exit(
                 f"error: --out-dir {run} is not empty: name a new one, or --resume it"
             )
         return run, train(args, images, test_images, run, checkpoint)
     except OSError as error:  # a full disk, a folder that must not be written to
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
         if run:
-            # Before the first save there is nothing to go on with.
-            print(f'\nstopped; go on with: python train_gan.py --resume "{run}"')
+            warn(f'stopped; if saved, go on with: python train_gan.py --resume "{run}"')
         raise SystemExit(130)
 
 
