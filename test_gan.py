@@ -456,9 +456,9 @@ def test_resume_refuses_flags_that_do_not_fit_the_weights():
 def test_resume_after_a_kill():
     command = [sys.executable, train_gan.__file__, *PHOTOS.split(), "--epochs=999"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        while not process.stdout.readline().startswith("      50"):
-            pass
-        process.kill()
+        for line in process.stdout:
+            if line.startswith("      50"):
+                process.kill()
     run("--resume runs/001 --epochs 150")
     run(f"{PHOTOS} --epochs 150")
     assert_same_run("runs/001", "runs/002")
