@@ -280,8 +280,8 @@ def test_evaluation_is_a_mixture_of_gaussians_around_the_samples():
 
 @mark.parametrize("dtype", ["<u2", ">u2", "<i4", "<f4"])
 def test_data_of_16_bits_or_more_has_one_scale(dtype):
-    save_pictures("mine", [[[0, 1000]] * 2, [[20000, 65535]] * 2], dtype)
-    assert load_folder("mine", 2)[:, 0, 0].tolist() == [[0, 4], [78, 255]]
+    save_pictures("mine", [[[1000, 20000]] * 2, [[40000, 65535]] * 2], dtype)
+    assert load_folder("mine", 2)[:, 0, 0].tolist() == [[0, 75], [154, 255]]
 
 
 def test_data_keeps_red_green_and_blue_and_crops_to_a_square():
