@@ -29,8 +29,10 @@ from torchvision import datasets, transforms, utils
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-R1_EVERY = 4  # D steps. One R1 takes half as long as a step: every 4th, times 4
-SAVE_EVERY = 100  # steps, where an epoch is shorter than that
+# R1 is expensive. It is computed in every 4th step of D and made 4 times as
+# heavy, so that its strength stays the same on average.
+R1_EVERY = 4
+SAVE_EVERY = 100  # steps of D, where an epoch is shorter than that
 DRAWN = [30_000, 5_000]  # images for the training, and for the test
 DATASETS = {
     "mnist": datasets.MNIST,
@@ -81,8 +83,8 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         correct = torch.cat([real_logits > 0, fake_logits < 0])
         log["acc_D"].append(correct.float().mean())
         D_steps += 1
-        # The log comes before R1 is added. If G is perfect, D can only guess, and
-        # loss_D is log 4: near log 4 is good, and near 0 means that G loses.
+        # The log comes before R1 is added. Near log 4, D guesses: G is good, or D
+        # is weak. Near 0, G loses.
         if args.r1 and D_steps % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # else backward() adds to the gradients of the last step
@@ -109,9 +111,9 @@ def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
         G_steps += 1
 
         # (3) Average G: G chases D and D chases G, so G's weights go round and
-        # round. Their average is near the centre. 1 - decay is 9 / (10 + G_steps):
-        # the average covers about the last ninth of all steps, so that the bad
-        # first weights are forgotten, and at most 1 / (1 - ema) steps.
+        # round. Their average is near the centre. With this decay it covers about
+        # 1 / (1 - decay) steps, here (10 + G_steps) / 9: the bad first weights are
+        # soon forgotten. `ema` limits the decay.
         decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
         update_average(G_average, G, decay)
 
@@ -160,7 +162,7 @@ def train(args, images, test_images, run, checkpoint=None):
     print("   epoch  loss_D     D_x  D_G_z1   acc_D  loss_G  D_G_z2 seconds")
     real = images.to(device)
     n_batches = max(1, len(images) // args.batch_size)
-    save_every = math.ceil(SAVE_EVERY / n_batches)  # epochs
+    save_every = math.ceil(SAVE_EVERY / n_batches)  # in epochs
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
@@ -187,9 +189,9 @@ def train(args, images, test_images, run, checkpoint=None):
             except PermissionError as error:  # Excel locks the table that it shows
                 warn(error)
             # The checkpoint comes last: if the process is killed before,
-            # --resume does all of this again. It is made in memory, where
-            # torch.save cannot fail on a full disk, written beside the old
-            # one, and then put in its place.
+            # --resume does all of this again. It is made in memory, since
+            # torch.save hides a full disk behind another error, written beside
+            # the old one, and then put in its place.
             state = {name: part.state_dict() for name, part in parts.items()}
             data = io.BytesIO()
             torch.save(state | {"info": info, "history": history}, data)
@@ -201,6 +203,8 @@ def train(args, images, test_images, run, checkpoint=None):
 
     G_average.cpu()
     if test_images is not None:
+        # G has no density: parzen estimates one from 10,000 samples. The noise is
+        # the same for all runs, so that their scores can be compared.
         torch.manual_seed(0)
         samples = G_average(torch.randn(10_000, args.z_dim)) / 2 + 0.5
         mean, error = parzen(samples, images, test_images)
