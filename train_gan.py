@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.10", "torchvision>=0.25", "pillow>=10.1"]
+# ///
 """Train a generative adversarial network by Algorithm 1 of Goodfellow et al. 2014.
 
 A generator G makes images out of noise z. A discriminator D answers with D(x), the
@@ -6,6 +10,9 @@ learns to make images that D takes for real, in turn.
 
 python train_gan.py                           # MNIST, 40 epochs, the best device
 python train_gan.py --resume runs/001         # go on where a run was cut off
+
+The game is the first room of this file: train_epoch and train. The rooms after it
+(what a run leaves behind, evaluation, data, command line) can wait.
 """
 
 import argparse
@@ -23,17 +30,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torchvision import datasets, transforms, utils
 
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-# R1 is expensive. It is computed in every 4th step of D and made 4 times as
-# heavy, so that its strength stays the same on average.
+# The R1 penalty is expensive. It is computed in every 4th step of D and made 4 times
+# as heavy, so that its strength stays the same on average.
 R1_EVERY = 4
 SAVE_EVERY = 100  # steps of D, where an epoch is shorter than that
-DRAWN = [30_000, 5_000]  # images for the training, and for the test
+DRAWN = [30_000, 5_000]  # digits for the training, and for the test
 DATASETS = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
@@ -41,196 +48,231 @@ DATASETS = {
 }
 
 
-def train_epoch(args, images, epoch, G, D, G_average, opt_G, opt_D):
-    """Algorithm 1 over all images, uint8 (N, C, H, W), once.
+# --- The game -------------------------------------------------------------------------
+
+
+def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
+    """Algorithm 1 once over all images, uint8 (N, C, H, W): k steps of D, one of G.
 
     Returns the mean over the epoch of each column of losses.csv.
     """
-    # Random numbers follow from seed and epoch: a resumed run draws the same.
-    # Without the factor, seed 0 would draw in epoch 2 what seed 1 draws in
-    # epoch 1. torch takes seeds of 63 bits.
-    torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
-    # The whole set lies on the device as one tensor. A batch is a slice of it
-    # in random order: tens of times faster than a DataLoader, which takes the
-    # images one by one. tensor_split spreads the rest over all batches, so
-    # that no short one is left over: 100 images at --batch-size 30 become 34,
-    # 33 and 33.
-    # BatchNorm needs 2 images at least.
-    shuffled = images[torch.randperm(len(images), device=images.device)]
-    n_batches = max(1, len(images) // max(2, args.batch_size))
-    batches = shuffled.tensor_split(n_batches)
+    # Random numbers follow from seed and epoch: a resumed run draws the same. Without
+    # the factor, seed 0 would draw in epoch 2 what seed 1 draws in epoch 1.
+    torch.manual_seed(args.seed * 1_000_003 + epoch)
+    # All images lie on the device, so a batch is a list of indices: no DataLoader.
+    n_batches = batches_per_epoch(args, images)
+    batches = torch.randperm(len(images), device=images.device).tensor_split(n_batches)
     D_steps = (epoch - 1) * n_batches  # of the epochs before this one
     G_steps = (epoch - 1) * math.ceil(n_batches / args.k)
-    log = defaultdict(list)
+    generator_loss = losses.generator_loss
+    if args.loss == "minimax":
+        generator_loss = losses.minimax_generator_loss
+    log = defaultdict(list)  # of tensors: .item() would wait for the GPU in each step
 
     for step, batch in enumerate(batches, 1):
         # (1) Update D: maximise log D(x) + log(1 - D(G(z)))
-        x = batch / 127.5 - 1  # 0 .. 255 -> [-1, 1], the range of G's tanh
+        x = images[batch] / 127.5 - 1  # 0 .. 255 -> [-1, 1], the range of G's tanh
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
-        # detach() ends D's step at the images: else backward() would go on
-        # into G, and free the graph that G's step needs. D has no BatchNorm,
-        # so real and fake images can go through it together.
+        # D has no BatchNorm, so real and fake images can go through it together.
+        # detach() ends D's step at the images: else backward() would go on into G,
+        # and free the graph that G's step needs.
         real_logits, fake_logits = D(torch.cat([x, fake.detach()])).chunk(2)
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
         )
-        # The log holds tensors, since .item() would wait for the GPU in every
-        # step. D(x) = sigmoid(logit), and it is above 1/2 where logit > 0.
-        log["loss_D"].append(loss_D.detach())
+        D_steps += 1
+        penalty = 0
+        if args.r1 and D_steps % R1_EVERY == 0:
+            penalty = args.r1 * R1_EVERY * losses.r1_penalty(D, x)
+        opt_D.zero_grad()
+        (loss_D + penalty).backward()
+        opt_D.step()
+
+        correct = torch.cat([real_logits > 0, fake_logits < 0])  # logit 0: D(x) = 1/2
+        log["loss_D"].append(loss_D.detach())  # without the R1 penalty
         log["D_x"].append(real_logits.detach().sigmoid().mean())
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before D's update
-        correct = torch.cat([real_logits > 0, fake_logits < 0])
         log["acc_D"].append(correct.float().mean())
-        D_steps += 1
-        # The log comes before R1 is added. Near log 4, D guesses: G is good, or D
-        # is weak. Near 0, G loses.
-        if args.r1 and D_steps % R1_EVERY == 0:
-            loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
-        opt_D.zero_grad()  # else backward() adds to the gradients of the last step
-        loss_D.backward()
-        opt_D.step()
-        if step % args.k and step < n_batches:
+        if step % args.k != 0 and step < n_batches:
             continue  # k steps of D, then one of G; the epoch ends with one of G
 
         # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))).
-        # Algorithm 1 draws new noise here. We keep the fakes of D's step: G has
-        # not changed since, so a pass through G is saved. Only D has changed.
+        # Algorithm 1 draws new noise here. We keep the fakes: G has not changed.
         fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
-        if args.loss == "minimax":
-            loss_G = losses.minimax_generator_loss(fake_logits)
-        else:
-            loss_G = losses.generator_loss(fake_logits)
+        loss_G = generator_loss(fake_logits)
+        opt_G.zero_grad()
+        loss_G.backward(inputs=list(G.parameters()))  # saves D's own gradients
+        opt_G.step()
+
         log["loss_G"].append(loss_G.detach())
         log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())  # after D's update
-        opt_G.zero_grad()
-        # The gradient goes through D to G. `inputs` saves the time for D's own
-        # gradients, which opt_D.zero_grad() would clear in the next step.
-        loss_G.backward(inputs=list(G.parameters()))
-        opt_G.step()
+
+        # (3) Average G: it circles around good weights, since D moves as well. The
+        # average is near the centre. Its decay begins low, to forget the first weights.
         G_steps += 1
-
-        # (3) Average G: G chases D and D chases G, so G's weights go round and
-        # round. Their average is near the centre. With this decay it covers about
-        # 1 / (1 - decay) steps, here (10 + G_steps) / 9: the bad first weights are
-        # soon forgotten. `ema` limits the decay.
         decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
-        update_average(G_average, G, decay)
+        update_average(G_ema, G, decay)
 
-    return {name: torch.stack(log[name]).mean().item() for name in log}
+    return {name: torch.stack(values).mean().item() for name, values in log.items()}
 
 
-def train(args, images, test_images, run, checkpoint=None):
-    """Train on uint8 images (N, C, H, W), and write all files into the folder `run`.
+def batches_per_epoch(args, images):
+    """100 images at --batch-size 30 make 3 batches, of 34, 33 and 33: none is short."""
+    return max(1, len(images) // args.batch_size)
 
-    Goes on from a checkpoint, if there is one. `test_images` can be None. Returns the
-    average of G, in eval mode, on the CPU.
+
+def train(args, images, run, facts, checkpoint=None):
+    """Train on uint8 images (N, C, H, W), and save into the folder `run`.
+
+    Goes on from a checkpoint, if there is one. Returns G_ema, the average of G, in
+    eval mode, on the CPU.
     """
-    device = args.device
-    # Matrix products may round their inputs to fewer bits (on GPUs to TF32):
-    # faster there and on most CPUs, and good enough for a GAN.
+    device = facts["device"]
+    # Matrix products may round their inputs (to TF32 or bfloat16): fast, good enough.
     torch.set_float32_matmul_precision("medium")
-    torch.manual_seed(args.seed % 2**63)
+    torch.manual_seed(args.seed)
     # The noise of all pictures, drawn on the CPU: the same on every device.
     fixed_z = torch.randn(64, args.z_dim).to(device)
-    shape = images.shape[1:]
-    G = Generator(
-        args.z_dim, args.g_hidden, shape, args.batch_norm, args.dropout, args.g_leak
-    ).to(device)
-    D = Discriminator(args.d_hidden, shape, args.dropout, args.d_leak).to(device)
-    G_average = copy.deepcopy(G).eval().requires_grad_(False)
-    # Two optimisers: each network has its own loss, and moves its own weights.
-    # fused: one fast call for all weights.
+    image_shape = list(images.shape[1:])
+    G_args = {
+        "z_dim": args.z_dim,
+        "hidden": args.g_hidden,
+        "image_shape": image_shape,
+        "batch_norm": args.batch_norm,
+        "dropout": args.dropout,
+        "leak": args.g_leak,
+    }
+    G = Generator(**G_args).to(device)
+    D = Discriminator(args.d_hidden, image_shape, args.dropout, args.d_leak).to(device)
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    # Each network has its own loss, and an optimiser that moves only its own weights.
     betas = (args.beta1, 0.999)
     opt_G = torch.optim.Adam(G.parameters(), args.lr, betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), args.lr, betas, fused=True)
-    parts = {"G": G, "D": D, "G_average": G_average, "opt_G": opt_G, "opt_D": opt_D}
+    parts = {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
     history = []
     if checkpoint:
+        restore(parts, checkpoint)
         history = checkpoint["history"]
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-        except Exception as error:
-            raise SystemExit(f"error: {run} does not fit: {error!r:.300}") from error
-        for optimizer in opt_G, opt_D:  # flags may have changed these settings
-            optimizer.param_groups[0].update(lr=args.lr, betas=betas)
 
-    # torch.__version__ is more than a str, and weights_only=True would refuse it.
-    info = vars(args) | {"torch": f"{torch.__version__}", "images": list(images.shape)}
-    print(f"{run}: {args.dataset} {info['images']}, {device}")
-    print("   epoch  loss_D     D_x  D_G_z1   acc_D  loss_G  D_G_z2 seconds")
-    real = images.to(device)
-    n_batches = max(1, len(images) // args.batch_size)
-    save_every = math.ceil(SAVE_EVERY / n_batches)  # in epochs
+    images = images.to(device)
+    save_every = math.ceil(SAVE_EVERY / batches_per_epoch(args, images))  # in epochs
+    saved = {"args": vars(args), "facts": facts, "G_args": G_args, "history": history}
+    header = True
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        means = train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D)
+        seconds = time.perf_counter() - start
+        samples = G_ema(fixed_z) / 2 + 0.5  # [-1, 1] -> [0, 1]
+        if samples.isnan().any():
+            sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
+        history.append({"epoch": epoch, **means, "seconds": seconds})
+        if epoch % save_every == 0 or epoch == args.epochs:
+            save_pictures(images, samples, epoch, run)
+            save_info(vars(args) | facts, run)
+            save_table(history, run)
+            save_checkpoint(parts, saved, run)
+            print_row(history[-1], header)
+            header = False
+    return G_ema.cpu()
+
+
+# --- What a run leaves behind ---------------------------------------------------------
+
+
+def print_row(row, header):
+    """One line of the table on the screen, with the names above it in the first call."""
+    epoch, *means = row.values()
+    if header:
+        print(f"{'epoch':>8}", *(f"{name:>7}" for name in list(row)[1:]))
+    print(f"{epoch:8}", *(f"{mean:7.3f}" for mean in means), flush=True)
+
+
+def save_pictures(images, samples, epoch, run):
+    """Grids of 64 real images, uint8, and of this epoch's samples in [0, 1]."""
     try:
-        for epoch in range(len(history) + 1, args.epochs + 1):
-            start = time.perf_counter()
-            means = train_epoch(args, real, epoch, G, D, G_average, opt_G, opt_D)
-            means["seconds"] = time.perf_counter() - start
-            samples = G_average(fixed_z) / 2 + 0.5  # [-1, 1] -> [0, 1]
-            if samples.isnan().any():
-                sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
-            history.append({"epoch": epoch, **means})
-            if epoch % save_every and epoch < args.epochs:
-                continue
-
-            print(
-                f"{epoch:8}", *(f"{mean:7.3f}" for mean in means.values()), flush=True
-            )
-            try:
-                utils.save_image(real[:64] / 255, f"{run}/real.png")
-                utils.save_image(samples, f"{run}/epoch_{epoch:05}.png")
-                (run / "run.json").write_text(json.dumps(info, indent=2))
-                with open(f"{run}/losses.csv", "w", newline="") as file:
-                    writer = csv.DictWriter(file, history[0])
-                    writer.writeheader()
-                    writer.writerows(history)
-            except PermissionError as error:  # Excel locks the table that it shows
-                warn(error)
-            # The checkpoint comes last: if the process is killed before,
-            # --resume does all of this again. It is made in memory, since
-            # torch.save hides a full disk behind another error, written beside
-            # the old one, and then put in its place.
-            state = {name: part.state_dict() for name, part in parts.items()}
-            data = io.BytesIO()
-            torch.save(state | {"info": info, "history": history}, data)
-            temporary = run / "checkpoint.tmp"
-            temporary.write_bytes(data.getvalue())
-            temporary.replace(f"{run}/checkpoint.pt")
-    finally:  # after Ctrl-C as well
-        write_gif(run)
-
-    G_average.cpu()
-    if test_images is not None:
-        # G has no density: parzen estimates one from 10,000 samples. The noise is
-        # the same for all runs, so that their scores can be compared.
-        torch.manual_seed(0)
-        samples = G_average(torch.randn(10_000, args.z_dim)) / 2 + 0.5
-        mean, error = parzen(samples, images, test_images)
-        print(f"log-likelihood of {args.dataset}: {mean:.1f} +- {error:.1f} nats")
-        info["log_likelihood"] = mean
-        info["standard_error"] = error
-        (run / "run.json").write_text(json.dumps(info, indent=2))
-    return G_average
+        utils.save_image(images[:64] / 255, run / "real.png")
+        utils.save_image(samples, run / f"epoch_{epoch:05}.png")
+    except PermissionError as error:  # Windows locks a picture that a program shows
+        warn(error)
 
 
-def write_gif(run):
-    """Write training.gif of all the pictures."""
-    paths = sorted(glob.glob(f"{glob.escape(str(run))}/epoch_*.png"))
-    paths.sort(key=len)  # epoch_100000 comes after epoch_99999
+def save_info(info, run):
+    """run.json, for people: the flags, and what the program found out."""
+    replace_file(run / "run.json", json.dumps(info, indent=2).encode())
+
+
+def add_score(mean, error, run):
+    info = json.loads((run / "run.json").read_bytes())
+    save_info(info | {"log_likelihood": mean, "standard_error": error}, run)
+
+
+def save_table(rows, run):
+    """losses.csv. A changed program can log other columns in the later rows."""
+    columns = {}
+    for row in rows:
+        columns |= row
     try:
-        frames = [Image.open(path).convert("RGB") for path in paths]
-        if frames:
-            frames[0].save(
-                f"{run}/training.gif",
-                save_all=True,
-                append_images=frames[1:],
-                duration=150,  # milliseconds
-                loop=0,
-            )
+        with open(run / "losses.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    except PermissionError as error:  # Excel locks the table that it shows
+        warn(error)
+
+
+def save_checkpoint(parts, saved, run):
+    """All that --resume needs. It is saved last: after a kill, --resume repeats all."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    data = io.BytesIO()  # torch.save hides the reason where the disk is full
+    torch.save(states | saved, data)
+    replace_file(run / "checkpoint.pt", data.getvalue())
+
+
+def replace_file(path, data):
+    """Write beside the old file, then put it in its place: a kill leaves one whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def restore(parts, checkpoint):
+    """Load the networks' weights and the optimisers' moments, which must fit."""
+    try:
+        for name, part in parts.items():
+            state = checkpoint[name]
+            if isinstance(part, torch.optim.Optimizer):
+                # Its settings are those of the flags, which may have changed.
+                state["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(state)
+    except Exception as error:
+        raise SystemExit(f"error: --resume does not fit: {reason(error)}") from error
+
+
+def save_gif(run):
+    """training.gif: the pictures of all epochs, in their order."""
+    pngs = sorted(run.glob("epoch_*.png"), key=lambda png: (len(png.name), png))
+    frames = (Image.open(png).convert("RGB") for png in pngs)  # one at a time
+    path = run / "training.gif"
+    try:
+        first = next(frames, None)
+        if first:
+            # 150 milliseconds for each, again and again
+            first.save(path, save_all=True, append_images=frames, duration=150, loop=0)
     except OSError as error:  # a locked file, or half a picture
         warn(error)
+
+
+# --- Evaluation -----------------------------------------------------------------------
+
+
+def score(G, z_dim, images, test_images):
+    """The log-likelihood of 10,000 samples, from the same noise for all runs."""
+    print("scoring 10,000 samples ...", flush=True)
+    torch.manual_seed(0)
+    samples = G(torch.randn(10_000, z_dim)) / 2 + 0.5
+    return parzen(samples, images, test_images)
 
 
 def parzen(samples, images, test_images):
@@ -252,11 +294,18 @@ def parzen(samples, images, test_images):
 
 
 def log_density(images, samples, sigma):
-    """For each image x: log of the mean, over all samples, of N(x; sample, sigma^2)."""
+    """For each image x: log of the mean, over all samples s, of N(x; s, sigma^2).
+
+    With n samples and d pixels:
+    log sum exp(-|x - s|^2 / (2 sigma^2)) - log n - d/2 log(2 pi sigma^2)
+    """
     distances = torch.cdist(images.flatten(1) / 255, samples.flatten(1))
     log_sums = distances.square_().div_(-2 * sigma**2).logsumexp(1)
     norm = samples[0].numel() / 2 * math.log(math.tau * sigma**2)
     return log_sums - math.log(len(samples)) - norm
+
+
+# --- Data -----------------------------------------------------------------------------
 
 
 def load_data(args):
@@ -264,60 +313,95 @@ def load_data(args):
 
     Images are uint8 (N, C, H, W). A folder has no test images: None.
     """
-    name = args.dataset
-    if name == "auto":
-        name = "mnist"
-    if name in DATASETS:
-        socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
-        try:
-            train = DATASETS[name](args.data_dir, train=True, download=True)
-            test = DATASETS[name](args.data_dir, train=False, download=True)
-            return name, train.data.unsqueeze(1), test.data.unsqueeze(1)
-        except Exception as error:
-            message = f"no {name} in --data-dir {args.data_dir}: {error!r:.400}"
-            if args.dataset != "auto":
-                raise SystemExit(f"error: {message}") from error
-            warn(f"{message}; training on --dataset drawn")
-            name = "drawn"
-    if name == "drawn":
-        train, test = draw_digits()
-        return name, train, test
-    return name, load_folder(name, args.image_size), None
+    if args.dataset == "drawn":
+        return "drawn", *draw_digits()
+    if args.dataset not in ("auto", *DATASETS):
+        return args.dataset, load_folder(args.dataset, args.image_size), None
+    name = "mnist" if args.dataset == "auto" else args.dataset
+    try:
+        return name, *download(name, args.data_dir)
+    except Exception as error:  # noqa: BLE001 a network and foreign files: any
+        folder = f"{args.data_dir}/{DATASETS[name].__name__}/raw"
+        message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
+        message += f" (if a file is damaged, delete {folder})"
+    if args.dataset != "auto":
+        sys.exit(f"error: {message}")
+    warn(f"training on --dataset drawn: {message}")
+    return "drawn", *draw_digits()
+
+
+def download(name, folder):
+    """Training and test images of a torchvision data set, which is kept in the folder.
+
+    Raises what the network, the disk and damaged files raise.
+    """
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
+    try:
+        train = DATASETS[name](folder, train=True, download=True)
+        test = DATASETS[name](folder, train=False, download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return train.data.unsqueeze(1), test.data.unsqueeze(1)
 
 
 def load_folder(folder, size):
     """Every image below the folder, uint8 (N, C, size, size); C = 1 if all are grey."""
+    print(f"reading {folder} ...", flush=True)
     images = []
     unreadable = []
-    # "**" goes into folders and into links to folders, but not into hidden ones.
-    for path in sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True)):
+    for path in find_files(folder, unreadable):
         try:
-            if os.path.isdir(path):
-                os.listdir(path)  # fails without permission; glob says nothing
-                continue
-            images.append(read_image(path, size))
+            images += read_images(path, size)
         except Exception as error:  # noqa: BLE001 damaged files raise any
-            unreadable.append(f"{path}: {error!r}")
+            unreadable.append(f"{path}: {reason(error)}")
     if unreadable:
         warn(f"{len(unreadable)} unreadable, the first is {unreadable[0]}")
     if len(images) < 2:
         sys.exit(f"error: --dataset {folder}: {len(images)} images, 2 are needed")
+    scale_deep(images)
     # Grey images get three channels where others have colours.
     images = torch.stack(torch.broadcast_tensors(*images))
     low, high = images.aminmax()
-    if low == high:
-        warn(f"all images in {folder} are one flat colour: the losses say nothing")
-    if images.is_floating_point():  # 16 bits or more: one scale for the whole folder
-        images = ((images - low) * 255 / (high - low)).round().byte()
+    if high - low < 64:
+        warn(f"{folder} has only the levels {low} to {high} of 0 to 255: little to see")
     return images
 
 
-def read_image(path, size):
-    """One image, cropped to (C, size, size): uint8, or float32 from 16 bits on.
+def find_files(folder, unreadable):
+    """Sorted paths. Links are followed, each folder once; hidden files are left out."""
+    paths = []
+    seen = set()
+    errors = []
+    walk = os.walk(folder, onerror=errors.append, followlinks=True)
+    for parent, folders, names in walk:
+        if os.path.realpath(parent) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                paths.append(os.path.join(parent, name))
+    unreadable += [reason(error) for error in errors]
+    return sorted(paths)
+
+
+def read_images(path, size):
+    """The image of a file, or all images of a TIFF stack.
 
     Raises what Pillow raises for a damaged file, which can be any exception.
     """
-    image = ImageOps.exif_transpose(Image.open(path))
+    with Image.open(path) as file:
+        frames = [file]  # of an animated GIF, and of a photo with a preview, the first
+        if file.format == "TIFF":
+            frames = ImageSequence.Iterator(file)
+        return [to_tensor(frame, size) for frame in frames]
+
+
+def to_tensor(image, size):
+    """(C, size, size), cropped to a square: uint8, or float32 from 16 bits on."""
+    image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # I;16, I;16B, I and F: integers and floats
         image = image.convert("F")
     else:
@@ -325,15 +409,30 @@ def read_image(path, size):
         white = Image.new("RGBA", image.size, "white")  # below transparent parts
         image = Image.alpha_composite(white, image).convert("RGB")
     x = transforms.PILToTensor()(ImageOps.fit(image, (size, size)))
-    if not x.isfinite().all():
-        raise ValueError("a pixel is infinite or missing")
+    if not x.abs().max().item() <= 2**32:  # nor is nan
+        raise ValueError("a pixel is missing, infinite or a fill value")
     if (x == x[:1]).all():
         return x[:1].clone()  # grey: one channel is enough
     return x
 
 
+def scale_deep(images):
+    """Give the float images of a list one scale, from their lowest to highest pixel.
+
+    They become uint8 one by one, so that the floats of all never lie beside a copy.
+    """
+    deep = [n for n, x in enumerate(images) if x.is_floating_point()]
+    if deep:
+        low = min(images[n].min() for n in deep)
+        high = max(images[n].max() for n in deep)
+        contrast = max(high - low, torch.tensor(1e-30))  # not 0 where all are flat
+        for n in deep:
+            images[n] = ((images[n] - low) * 255 / contrast).round().byte()
+
+
 def draw_digits():
     """Ten digits in Pillow's own font, warped at random: the same at every call."""
+    print(f"drawing {sum(DRAWN):,} digits ...", flush=True)
     torch.manual_seed(0)
     warp = transforms.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 15, Image.BILINEAR)
     font = ImageFont.load_default(22)
@@ -345,99 +444,113 @@ def draw_digits():
     return torch.stack(digits).split(DRAWN)
 
 
-# Three types of flags. argparse shows their names: "invalid whole_from_1 value: '0'".
-def whole_from_1(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+# --- Command line ---------------------------------------------------------------------
 
 
-def number_from_0(text):
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise ValueError
-    return number
-
-
-def share(text):
-    number = float(text)
-    if not 0 <= number < 1:
-        raise ValueError
-    return number
-
-
-def parse_args(argv):
-    """Return the settings and, with --resume, the run's checkpoint."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # an error is one line
-
-    def add(flag, default, help, kind=str, nargs=None):
-        help += " (default: %(default)s)"
-        parser.add_argument(flag, type=kind, default=default, help=help, nargs=nargs)
-
-    add("--dataset", "auto", "mnist, fashion-mnist, kmnist, drawn, or a folder's path")
-    add("--data-dir", "data", "where data sets are, or will be put")
-    add("--image-size", 28, "pixels a side of a folder's images", whole_from_1)
-    add("--out-dir", None, "a new folder, without --resume; None: runs/001, ...")
-    add("--resume", None, "go on with the run in this folder")
-    # The networks
-    add("--z-dim", 64, "length of G's noise: in how many ways it varies", whole_from_1)
-    add("--g-hidden", [256, 512], "widths of G's hidden layers", whole_from_1, "+")
-    add("--d-hidden", [512, 256], "of D's: if too wide, D wins", whole_from_1, "+")
-    parser.add_argument(
-        "--batch-norm",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="in G: keeps samples from growing alike",
+def parse_args(argv=None, defaults=None):
+    """The flags. `defaults` are those of a resumed run."""
+    parser = argparse.ArgumentParser(
+        description="Train a generative adversarial network.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS,  # an error is one line
     )
-    add("--dropout", 0.0, "share of units dropped, in both networks: weakens D", share)
-    add("--g-leak", 0.0, "slope of G's LeakyReLU below 0; 0 is ReLU", number_from_0)
-    add("--d-leak", 0.2, "of D's: above 0, G's gradient passes", number_from_0)
-    # The game
-    parser.add_argument(
-        "--loss",
-        choices=["non-saturating", "minimax"],
-        default="non-saturating",
-        help="what G minimises",
-    )
-    add("--k", 1, "D steps for each G step (Algorithm 1)", whole_from_1)
-    add("--real-label", 1.0, "0.9: D need not be too sure", number_from_0)
-    add("--label-noise", 0.0, "n: labels from label - n to label + n", share)
-    add("--r1", 1.0, "gamma, weight of the R1 penalty: a smooth D", number_from_0)
-    # The optimisation
-    add("--epochs", 40, "passes over the data in all", whole_from_1)
-    add("--batch-size", 128, "images for each step, 2 at least", whole_from_1)
-    add("--lr", 1e-3, "Adam's step size: too large, and it circles", number_from_0)
-    add("--beta1", 0.0, "Adam's momentum: in a game, it overshoots", share)
-    add("--ema", 0.9999, "highest decay of the shown average of G, 0: off", share)
-    add("--seed", 0, "of weights, noise and image order", int)
-    add("--device", "auto", "cuda, mps or cpu")
+    count = in_range(int, 1)
+    amount = in_range(float, 0)
+    share = in_range(float, 0, 1)
 
-    args = parser.parse_args(argv)
-    if not args.resume:
-        return args, None
+    group = parser.add_argument_group("data and files")
+    add = group.add_argument
+    names = f"auto, {', '.join(DATASETS)}, drawn"
+    add("--dataset", type=data_set, default="auto", help=f"{names}, or a folder")
+    add("--data-dir", default="data", help="where data sets are, or will be put")
+    add("--image-size", type=count, default=28, help="pixels a side, for a folder")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--out-dir", help="a new folder; None: runs/001, ...")
+    either.add_argument("--resume", help="go on with the run in this folder")
+
+    add = parser.add_argument_group("the networks").add_argument
+    add("--z-dim", type=count, default=64, help="length of G's noise")
+    add("--g-hidden", type=count, nargs="+", default=[256, 512], help="G's widths")
+    add("--d-hidden", type=count, nargs="+", default=[512, 256], help="D's widths")
+    yes_no = argparse.BooleanOptionalAction
+    add("--batch-norm", action=yes_no, default=True, help="in G: keeps samples apart")
+    add("--dropout", type=share, default=0.0, help="in both networks: weakens D")
+    add("--g-leak", type=amount, default=0.0, help="slope of G below 0; 0 is ReLU")
+    add("--d-leak", type=amount, default=0.2, help="of D; above 0, gradients pass")
+
+    add = parser.add_argument_group("the game").add_argument
+    kinds = ["non-saturating", "minimax"]
+    add("--loss", choices=kinds, default=kinds[0], help="what G minimises")
+    add("--k", type=count, default=1, help="D steps for each G step (Algorithm 1)")
+    add("--real-label", type=amount, default=1.0, help="0.9: D need not be too sure")
+    add("--label-noise", type=share, default=0.0, help="n: labels vary by n both ways")
+    add("--r1", type=amount, default=1.0, help="gamma of the R1 penalty: a smooth D")
+
+    add = parser.add_argument_group("the optimisation").add_argument
+    add("--epochs", type=count, default=40, help="passes over the data in all")
+    add("--batch-size", type=in_range(int, 2), default=128, help="images for each step")
+    add("--lr", type=amount, default=1e-3, help="Adam's step: if too large, it circles")
+    add("--beta1", type=share, default=0.0, help="Adam's momentum: here, it overshoots")
+    add("--ema", type=share, default=0.9999, help="top decay of G's average; 0: off")
+    seed = in_range(int, 0, 2**32 + 1)
+    add("--seed", type=seed, default=0, help="of weights, noise and image order")
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu, ...; auto: the best")
+
+    parser.set_defaults(**(defaults or {}))
+    return parser.parse_args(argv)
+
+
+def in_range(kind, low, high=math.inf):
+    """A type for argparse: an int or a float, at least low and below high."""
+
+    def parse(text):
+        number = kind(text)
+        if not low <= number < high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
+        return number
+
+    parse.__name__ = kind.__name__  # argparse says: invalid int value
+    return parse
+
+
+def data_set(text):
+    """A type for argparse: a known name, or a folder."""
+    names = ["auto", *DATASETS, "drawn"]
+    if text in names or os.path.isdir(text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no folder, and none of {names}")
+
+
+def open_run(folder, argv):
+    """The flags of a run, where argv does not say otherwise, and its checkpoint."""
     try:
-        checkpoint = load_checkpoint(args.resume)
-        # Parse once more, with the run's settings for what is not given now.
-        parser.set_defaults(**checkpoint["info"])
+        checkpoint = load_checkpoint(folder)
+        done = len(checkpoint["history"])
+        # auto is for new runs: this one keeps to the data that it began with.
+        defaults = checkpoint["args"] | {"dataset": checkpoint["facts"]["dataset"]}
     except Exception as error:
-        raise SystemExit(f"error: --resume {args.resume}: {error!r:.60}") from error
-    return parser.parse_args(argv), checkpoint
+        raise SystemExit(f"error: --resume {folder}: {reason(error)}") from error
+    args = parse_args(argv, defaults)
+    if args.epochs < done:
+        sys.exit(f"error: --epochs {args.epochs}: {folder} has {done} epochs already")
+    return args, checkpoint
 
 
 def choose_device(name):
     """The device of that name, or the best that is here."""
+    best = "cpu"
     if torch.cuda.is_available():
         best = "cuda"
     elif torch.backends.mps.is_available():
         best = "mps"
-    else:
-        best = "cpu"
-    if name in (best, "cpu"):
+    if name == "auto":
+        return best
+    try:
+        torch.zeros(1, device=name).item()
         return name
-    if name != "auto":
-        warn(f"no {name} here: training on {best}")
-    return best
+    except (AssertionError, ImportError, RuntimeError) as error:
+        warn(f"no {name} here, training on {best}: {reason(error)}")
+        return best
 
 
 def new_folder():
@@ -452,30 +565,54 @@ def new_folder():
             number += 1
 
 
+def reason(error):
+    """The first sentence of an error, in one line. Some go on for a page."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words.split('. ')[0]:.400}"
+
+
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
 
 def main(argv=None):
     """Run the program; return the run's folder and the average of G, on the CPU."""
-    args, checkpoint = parse_args(argv)
-    args.device = choose_device(args.device)
+    args = parse_args(argv)
+    checkpoint = None
     run = None
     try:
-        args.dataset, images, test_images = load_data(args)
+        if args.resume:
+            args, checkpoint = open_run(args.resume, argv)
+        elif args.out_dir and glob.glob("*", root_dir=args.out_dir):  # no hidden files
+            sys.exit(f"error: --out-dir {args.out_dir} is not empty: name a new one")
+        device = choose_device(args.device)
+        dataset, images, test_images = load_data(args)
+        facts = {
+            "dataset": dataset,
+            "images": list(images.shape),
+            "device": device,
+            "torch": str(torch.__version__),
+        }
         run = Path(args.resume or args.out_dir or new_folder())
-        os.makedirs(run, exist_ok=True)
-        if not args.resume and os.listdir(run):
-            sys.exit(
-                f"error: --out-dir {run} is not empty: name a new one, or --resume it"
-            )
-        return run, train(args, images, test_images, run, checkpoint)
+        run.mkdir(parents=True, exist_ok=True)
+        print(f"{run}: {dataset} {facts['images']}, {device}")
+        if checkpoint and checkpoint["facts"]["images"] != facts["images"]:
+            warn(f"this run began with images {checkpoint['facts']['images']}")
+        try:
+            G = train(args, images, run, facts, checkpoint)
+        finally:  # after Ctrl-C as well
+            save_gif(run)
+        if test_images is not None:
+            mean, error = score(G, args.z_dim, images, test_images)
+            print(f"log-likelihood of {dataset}: {mean:.1f} +- {error:.1f} nats")
+            add_score(mean, error, run)
+        return run, G
     except OSError as error:  # a full disk, a folder that must not be written to
-        raise SystemExit(f"error: {error}")
+        raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        if run:
-            warn(f'stopped; if saved, go on with: python train_gan.py --resume "{run}"')
-        raise SystemExit(130)
+        if run and (run / "checkpoint.pt").exists():
+            warn(f'stopped; go on with: python train_gan.py --resume "{run}"')
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
