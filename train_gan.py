@@ -125,8 +125,8 @@ def batches_per_epoch(args, images):
 def train(args, images, run, facts, checkpoint=None):
     """Train on uint8 images (N, C, H, W), and save into the folder `run`.
 
-    Goes on from a checkpoint, if there is one. Returns G_ema, the average of G, in
-    eval mode, on the CPU.
+    `facts` holds the device, and goes into run.json. Goes on from a checkpoint, if
+    there is one. Returns G_ema, the average of G, in eval mode, on the CPU.
     """
     device = facts["device"]
     # Matrix products may round their inputs (to TF32 or bfloat16): fast, good enough.
@@ -182,7 +182,7 @@ def train(args, images, run, facts, checkpoint=None):
 
 
 def print_row(row, header):
-    """One line of the table on the screen, with the names above it in the first call."""
+    """One line of the table on the screen, with the columns' names above the first."""
     epoch, *means = row.values()
     if header:
         print(f"{'epoch':>8}", *(f"{name:>7}" for name in list(row)[1:]))
@@ -200,6 +200,7 @@ def save_pictures(images, samples, epoch, run):
 
 def save_info(info, run):
     """run.json, for people: the flags, and what the program found out."""
+    info["torch"] = str(torch.__version__)
     replace_file(run / "run.json", json.dumps(info, indent=2).encode())
 
 
@@ -247,7 +248,7 @@ def restore(parts, checkpoint):
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
     except Exception as error:
-        raise SystemExit(f"error: --resume does not fit: {reason(error)}") from error
+        raise SystemExit(f"error: the run does not fit: {reason(error)}") from error
 
 
 def save_gif(run):
@@ -372,8 +373,9 @@ def find_files(folder, unreadable):
     """Sorted paths. Links are followed, each folder once; hidden files are left out."""
     paths = []
     seen = set()
-    errors = []
-    walk = os.walk(folder, onerror=errors.append, followlinks=True)
+    walk = os.walk(
+        folder, onerror=lambda e: unreadable.append(reason(e)), followlinks=True
+    )
     for parent, folders, names in walk:
         if os.path.realpath(parent) in seen:  # a link that leads back
             folders.clear()
@@ -383,7 +385,6 @@ def find_files(folder, unreadable):
         for name in names:
             if not name.startswith("."):
                 paths.append(os.path.join(parent, name))
-    unreadable += [reason(error) for error in errors]
     return sorted(paths)
 
 
@@ -492,8 +493,7 @@ def parse_args(argv=None, defaults=None):
     add("--lr", type=amount, default=1e-3, help="Adam's step: if too large, it circles")
     add("--beta1", type=share, default=0.0, help="Adam's momentum: here, it overshoots")
     add("--ema", type=share, default=0.9999, help="top decay of G's average; 0: off")
-    seed = in_range(int, 0, 2**32 + 1)
-    add("--seed", type=seed, default=0, help="of weights, noise and image order")
+    add("--seed", type=in_range(int, 0, 2**33), default=0, help="of all that is random")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu, ...; auto: the best")
 
     parser.set_defaults(**(defaults or {}))
@@ -529,7 +529,8 @@ def open_run(folder, argv):
         # auto is for new runs: this one keeps to the data that it began with.
         defaults = checkpoint["args"] | {"dataset": checkpoint["facts"]["dataset"]}
     except Exception as error:
-        raise SystemExit(f"error: --resume {folder}: {reason(error)}") from error
+        message = f"no whole run of this version in --resume {folder}: {reason(error)}"
+        raise SystemExit(f"error: {message}") from error
     args = parse_args(argv, defaults)
     if args.epochs < done:
         sys.exit(f"error: --epochs {args.epochs}: {folder} has {done} epochs already")
@@ -587,17 +588,13 @@ def main(argv=None):
             sys.exit(f"error: --out-dir {args.out_dir} is not empty: name a new one")
         device = choose_device(args.device)
         dataset, images, test_images = load_data(args)
-        facts = {
-            "dataset": dataset,
-            "images": list(images.shape),
-            "device": device,
-            "torch": str(torch.__version__),
-        }
+        facts = {"dataset": dataset, "images": list(images.shape), "device": device}
         run = Path(args.resume or args.out_dir or new_folder())
         run.mkdir(parents=True, exist_ok=True)
         print(f"{run}: {dataset} {facts['images']}, {device}")
         if checkpoint and checkpoint["facts"]["images"] != facts["images"]:
-            warn(f"this run began with images {checkpoint['facts']['images']}")
+            before = checkpoint["facts"]["images"]
+            warn(f"the data has changed from {before} to {facts['images']}")
         try:
             G = train(args, images, run, facts, checkpoint)
         finally:  # after Ctrl-C as well
