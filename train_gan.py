@@ -102,7 +102,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
         loss_G = generator_loss(fake_logits)
         opt_G.zero_grad()
-        loss_G.backward(inputs=list(G.parameters()))  # saves D's own gradients
+        loss_G.backward(inputs=list(G.parameters()))  # D needs no gradients here
         opt_G.step()
 
         log["loss_G"].append(loss_G.detach())
@@ -158,6 +158,7 @@ def train(args, images, run, facts, checkpoint=None):
 
     images = images.to(device)
     save_every = math.ceil(SAVE_EVERY / batches_per_epoch(args, images))  # in epochs
+    # What --resume and load_generator need besides the parts
     saved = {"args": vars(args), "facts": facts, "G_args": G_args, "history": history}
     header = True
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -200,7 +201,7 @@ def save_pictures(images, samples, epoch, run):
 
 def save_info(info, run):
     """run.json, for people: the flags, and what the program found out."""
-    info["torch"] = str(torch.__version__)
+    info = info | {"torch": str(torch.__version__)}
     replace_file(run / "run.json", json.dumps(info, indent=2).encode())
 
 
