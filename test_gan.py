@@ -465,13 +465,13 @@ def test_data_names_what_it_cannot_open(capsys, monkeypatch):
 
     def guard(path):
         if str(path).endswith("locked"):
-            raise PermissionError("no entry")
+            raise PermissionError(13, "no entry", path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guard)
     assert len(load_folder("mine", 4)) == 2
     text = capsys.readouterr().err
-    assert "2 unreadable, the first is PermissionError: no entry" in text
+    assert "2 unreadable, the first is [Errno 13] no entry: " in text
 
 
 def test_data_of_one_image_is_too_little():

@@ -11,7 +11,7 @@ learns to make images that D takes for real, in turn.
 python train_gan.py                           # MNIST, 40 epochs, the best device
 python train_gan.py --resume runs/001         # go on where a run was cut off
 
-The game is the first room of this file: train_epoch and train. The rooms after it
+The game is the first section below: train_epoch and train. The sections after it
 (what a run leaves behind, evaluation, data, command line) can wait.
 """
 
@@ -37,15 +37,16 @@ import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
 # The R1 penalty is expensive. It is computed in every 4th step of D and made 4 times
-# as heavy, so that its strength stays the same on average.
+# as heavy: lazy regularisation (Karras et al. 2020, section 3.1).
 R1_EVERY = 4
-SAVE_EVERY = 100  # steps of D, where an epoch is shorter than that
+SAVE_EVERY = 100  # steps of D, if epochs are shorter than that; else every epoch
 DRAWN = [30_000, 5_000]  # digits for the training, and for the test
 DATASETS = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
     "kmnist": datasets.KMNIST,
 }
+NAMES = ["auto", *DATASETS, "drawn"]  # what --dataset knows, beside folders
 
 
 # --- The game -------------------------------------------------------------------------
@@ -57,7 +58,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
     Returns the mean over the epoch of each column of losses.csv.
     """
     # Random numbers follow from seed and epoch: a resumed run draws the same. Without
-    # the factor, seed 0 would draw in epoch 2 what seed 1 draws in epoch 1.
+    # a large factor, seed 0 would draw in epoch 2 what seed 1 draws in epoch 1.
     torch.manual_seed(args.seed * 1_000_003 + epoch)
     # All images lie on the device, so a batch is a list of indices: no DataLoader.
     n_batches = batches_per_epoch(args, images)
@@ -75,8 +76,8 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
         # D has no BatchNorm, so real and fake images can go through it together.
-        # detach() ends D's step at the images: else backward() would go on into G,
-        # and free the graph that G's step needs.
+        # detach(): else backward() would go on into G, and free the graph that G's
+        # own step needs.
         real_logits, fake_logits = D(torch.cat([x, fake.detach()])).chunk(2)
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
@@ -85,12 +86,12 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         penalty = 0
         if args.r1 and D_steps % R1_EVERY == 0:
             penalty = args.r1 * R1_EVERY * losses.r1_penalty(D, x)
-        opt_D.zero_grad()
+        opt_D.zero_grad()  # backward() adds to the gradients that are there
         (loss_D + penalty).backward()
         opt_D.step()
 
         correct = torch.cat([real_logits > 0, fake_logits < 0])  # logit 0: D(x) = 1/2
-        log["loss_D"].append(loss_D.detach())  # without the R1 penalty
+        log["loss_D"].append(loss_D.detach())  # without R1; log 4 where D guesses
         log["D_x"].append(real_logits.detach().sigmoid().mean())
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before D's update
         log["acc_D"].append(correct.float().mean())
@@ -102,14 +103,15 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
         loss_G = generator_loss(fake_logits)
         opt_G.zero_grad()
-        loss_G.backward(inputs=list(G.parameters()))  # D needs no gradients here
+        loss_G.backward(inputs=list(G.parameters()))  # through D, but not for D
         opt_G.step()
 
         log["loss_G"].append(loss_G.detach())
         log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())  # after D's update
 
-        # (3) Average G: it circles around good weights, since D moves as well. The
-        # average is near the centre. Its decay begins low, to forget the first weights.
+        # (3) Average G: G and D chase each other, so G's weights go round and round.
+        # Their average is near the centre. It covers about 1 / (1 - decay) steps: few
+        # at first, so that the bad first weights are soon forgotten.
         G_steps += 1
         decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
         update_average(G_ema, G, decay)
@@ -118,15 +120,16 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 
 
 def batches_per_epoch(args, images):
-    """100 images at --batch-size 30 make 3 batches, of 34, 33 and 33: none is short."""
+    """100 images at --batch-size 30 make 3 batches, of 34, 33 and 33: none is small."""
     return max(1, len(images) // args.batch_size)
 
 
 def train(args, images, run, facts, checkpoint=None):
     """Train on uint8 images (N, C, H, W), and save into the folder `run`.
 
-    `facts` holds the device, and goes into run.json. Goes on from a checkpoint, if
-    there is one. Returns G_ema, the average of G, in eval mode, on the CPU.
+    `facts`: the data set's name, the shape of its images and the device. Goes on from
+    a checkpoint, if there is one. Returns G_ema, the average of G, in eval mode, on the
+    CPU.
     """
     device = facts["device"]
     # Matrix products may round their inputs (to TF32 or bfloat16): fast, good enough.
@@ -158,7 +161,7 @@ def train(args, images, run, facts, checkpoint=None):
 
     images = images.to(device)
     save_every = math.ceil(SAVE_EVERY / batches_per_epoch(args, images))  # in epochs
-    # What --resume and load_generator need besides the parts
+    # Saved beside the parts. The loop below extends this history.
     saved = {"args": vars(args), "facts": facts, "G_args": G_args, "history": history}
     header = True
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -211,7 +214,7 @@ def add_score(mean, error, run):
 
 
 def save_table(rows, run):
-    """losses.csv. A changed program can log other columns in the later rows."""
+    """losses.csv. If you add a column to the log, earlier rows leave it empty."""
     columns = {}
     for row in rows:
         columns |= row
@@ -225,15 +228,15 @@ def save_table(rows, run):
 
 
 def save_checkpoint(parts, saved, run):
-    """All that --resume needs. It is saved last: after a kill, --resume repeats all."""
+    """Saved last: after a kill, --resume goes on from the last whole checkpoint."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    data = io.BytesIO()  # torch.save hides the reason where the disk is full
+    data = io.BytesIO()  # in memory: torch.save itself hides that a disk is full
     torch.save(states | saved, data)
     replace_file(run / "checkpoint.pt", data.getvalue())
 
 
 def replace_file(path, data):
-    """Write beside the old file, then put it in its place: a kill leaves one whole."""
+    """Write a new file, then put it in the old one's place: a kill leaves one."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
@@ -270,7 +273,7 @@ def save_gif(run):
 
 
 def score(G, z_dim, images, test_images):
-    """The log-likelihood of 10,000 samples, from the same noise for all runs."""
+    """parzen() with 10,000 samples, whose noise is the same for all runs."""
     print("scoring 10,000 samples ...", flush=True)
     torch.manual_seed(0)
     samples = G(torch.randn(10_000, z_dim)) / 2 + 0.5
@@ -315,28 +318,27 @@ def load_data(args):
 
     Images are uint8 (N, C, H, W). A folder has no test images: None.
     """
-    if args.dataset == "drawn":
-        return "drawn", *draw_digits()
-    if args.dataset not in ("auto", *DATASETS):
-        return args.dataset, load_folder(args.dataset, args.image_size), None
-    name = "mnist" if args.dataset == "auto" else args.dataset
-    try:
-        return name, *download(name, args.data_dir)
-    except Exception as error:  # noqa: BLE001 a network and foreign files: any
-        folder = f"{args.data_dir}/{DATASETS[name].__name__}/raw"
-        message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
-        message += f" (if a file is damaged, delete {folder})"
-    if args.dataset != "auto":
-        sys.exit(f"error: {message}")
-    warn(f"training on --dataset drawn: {message}")
-    return "drawn", *draw_digits()
+    name = args.dataset
+    if name == "auto":
+        name = "mnist"
+    if name in DATASETS:
+        try:
+            return name, *download(name, args.data_dir)
+        except Exception as error:
+            folder = f"{args.data_dir}/{DATASETS[name].__name__}/raw"
+            message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
+            message += f" (if a file is damaged, delete {folder})"
+            if args.dataset != "auto":
+                raise SystemExit(f"error: {message}") from error
+            warn(f"training on --dataset drawn: {message}")
+            name = "drawn"
+    if name == "drawn":
+        return name, *draw_digits()
+    return name, load_folder(name, args.image_size), None
 
 
 def download(name, folder):
-    """Training and test images of a torchvision data set, which is kept in the folder.
-
-    Raises what the network, the disk and damaged files raise.
-    """
+    """Training and test images of a torchvision data set, kept in the folder."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
     try:
@@ -374,9 +376,7 @@ def find_files(folder, unreadable):
     """Sorted paths. Links are followed, each folder once; hidden files are left out."""
     paths = []
     seen = set()
-    walk = os.walk(
-        folder, onerror=lambda e: unreadable.append(reason(e)), followlinks=True
-    )
+    walk = os.walk(folder, onerror=unreadable.append, followlinks=True)
     for parent, folders, names in walk:
         if os.path.realpath(parent) in seen:  # a link that leads back
             folders.clear()
@@ -390,10 +390,7 @@ def find_files(folder, unreadable):
 
 
 def read_images(path, size):
-    """The image of a file, or all images of a TIFF stack.
-
-    Raises what Pillow raises for a damaged file, which can be any exception.
-    """
+    """The image of a file, or all images of a TIFF stack, as in to_tensor."""
     with Image.open(path) as file:
         frames = [file]  # of an animated GIF, and of a photo with a preview, the first
         if file.format == "TIFF":
@@ -462,7 +459,7 @@ def parse_args(argv=None, defaults=None):
 
     group = parser.add_argument_group("data and files")
     add = group.add_argument
-    names = f"auto, {', '.join(DATASETS)}, drawn"
+    names = ", ".join(NAMES)
     add("--dataset", type=data_set, default="auto", help=f"{names}, or a folder")
     add("--data-dir", default="data", help="where data sets are, or will be put")
     add("--image-size", type=count, default=28, help="pixels a side, for a folder")
@@ -475,7 +472,7 @@ def parse_args(argv=None, defaults=None):
     add("--g-hidden", type=count, nargs="+", default=[256, 512], help="G's widths")
     add("--d-hidden", type=count, nargs="+", default=[512, 256], help="D's widths")
     yes_no = argparse.BooleanOptionalAction
-    add("--batch-norm", action=yes_no, default=True, help="in G: keeps samples apart")
+    add("--batch-norm", action=yes_no, default=True, help="in G: samples stay varied")
     add("--dropout", type=share, default=0.0, help="in both networks: weakens D")
     add("--g-leak", type=amount, default=0.0, help="slope of G below 0; 0 is ReLU")
     add("--d-leak", type=amount, default=0.2, help="of D; above 0, gradients pass")
@@ -516,10 +513,9 @@ def in_range(kind, low, high=math.inf):
 
 def data_set(text):
     """A type for argparse: a known name, or a folder."""
-    names = ["auto", *DATASETS, "drawn"]
-    if text in names or os.path.isdir(text):
+    if text in NAMES or os.path.isdir(text):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no folder, and none of {names}")
+    raise argparse.ArgumentTypeError(f"{text!r} is no folder, and none of {NAMES}")
 
 
 def open_run(folder, argv):
