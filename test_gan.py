@@ -494,16 +494,27 @@ def test_data_in_a_loop_of_links_is_read_once():
     assert len(load_folder("photos", 2)) == 64
 
 
-@mark.parametrize("suffix, images", [("tiff", 12), ("gif", 3), ("png", 3), ("mpo", 3)])
-def test_data_of_several_frames_counts_as_images_in_tiffs_alone(suffix, images):
-    os.mkdir("mine")
+def save_frames(path):
     frames = [Image.new("L", (4, 4), 60 * n) for n in range(4)]
-    for n in range(3):
-        path = f"mine/{n}.{suffix}"
-        frames[0].save(path, save_all=True, append_images=frames[1:])
-    pixels = load_folder("mine", 1).flatten().tolist()
-    assert len(pixels) == images
-    assert pixels[:4] == [0, 60, 120, 180][: images // 3] * (1 if images > 3 else 3)
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def test_data_of_a_tiff_stack_is_all_its_frames():
+    os.mkdir("mine")
+    save_frames("mine/stack.tiff")
+    assert load_folder("mine", 1).flatten().tolist() == [0, 60, 120, 180]
+
+
+@mark.parametrize("suffix", ["gif", "png", "mpo"])
+def test_data_of_other_files_is_their_first_frame(suffix):
+    os.mkdir("mine")
+    for n in range(2):
+        save_frames(f"mine/{n}.{suffix}")
+    try:
+        Image.open(f"mine/0.{suffix}").load()
+    except OSError as error:
+        skip(f"this Pillow cannot write it: {error}")  # mpo, Pillow 10.1
+    assert load_folder("mine", 1).flatten().tolist() == [0, 0]
 
 
 MEMORY = """
