@@ -194,10 +194,10 @@ def print_row(row, header):
 
 
 def save_pictures(images, samples, epoch, run):
-    """Grids of 64 real images, uint8, and of this epoch's samples in [0, 1]."""
+    """Grids of this epoch's samples, in [0, 1], and of 64 real images, uint8."""
     try:
-        utils.save_image(images[:64] / 255, run / "real.png")
         utils.save_image(samples, run / f"epoch_{epoch:05}.png")
+        utils.save_image(images[:64] / 255, run / "real.png")
     except PermissionError as error:  # Windows locks a picture that a program shows
         warn(error)
 
@@ -218,11 +218,12 @@ def save_table(rows, run):
     columns = {}
     for row in rows:
         columns |= row
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns)
+    writer.writeheader()
+    writer.writerows(rows)
     try:
-        with open(run / "losses.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        replace_file(run / "losses.csv", table.getvalue().encode())
     except PermissionError as error:  # Excel locks the table that it shows
         warn(error)
 
@@ -252,21 +253,23 @@ def restore(parts, checkpoint):
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
     except Exception as error:
-        raise SystemExit(f"error: the run does not fit: {reason(error)}") from error
+        message = f"these flags or data do not fit the checkpoint: {reason(error)}"
+        raise SystemExit(f"error: {message}") from error
 
 
 def save_gif(run):
-    """training.gif: the pictures of all epochs, in their order."""
-    pngs = sorted(run.glob("epoch_*.png"), key=lambda png: (len(png.name), png))
-    frames = (Image.open(png).convert("RGB") for png in pngs)  # one at a time
-    path = run / "training.gif"
+    """training.gif: the pictures of all epochs, in their order, 150 ms each."""
+    paths = sorted(run.glob("epoch_*.png"), key=lambda path: (len(path.name), path))
+    if not paths:
+        return
+    pages = (Image.open(path).convert("RGB") for path in paths)  # one at a time
+    gif = io.BytesIO()
     try:
-        first = next(frames, None)
-        if first:
-            # 150 milliseconds for each, again and again
-            first.save(path, save_all=True, append_images=frames, duration=150, loop=0)
+        first = next(pages)
+        first.save(gif, "GIF", save_all=True, append_images=pages, duration=150, loop=0)
+        replace_file(run / "training.gif", gif.getvalue())
     except OSError as error:  # a locked file, or half a picture
-        warn(error)
+        warn(f"training.gif: {error}")
 
 
 # --- Evaluation -----------------------------------------------------------------------
@@ -408,7 +411,7 @@ def to_tensor(image, size):
         white = Image.new("RGBA", image.size, "white")  # below transparent parts
         image = Image.alpha_composite(white, image).convert("RGB")
     x = transforms.PILToTensor()(ImageOps.fit(image, (size, size)))
-    if not x.abs().max().item() <= 2**32:  # nor is nan
+    if not -(2**32) <= x.min().item() <= x.max().item() <= 2**32:  # nan: not <=
         raise ValueError("a pixel is missing, infinite or a fill value")
     if (x == x[:1]).all():
         return x[:1].clone()  # grey: one channel is enough
@@ -579,7 +582,7 @@ def main(argv=None):
     checkpoint = None
     run = None
     try:
-        if args.resume:
+        if args.resume is not None:
             args, checkpoint = open_run(args.resume, argv)
         elif args.out_dir and glob.glob("*", root_dir=args.out_dir):  # no hidden files
             sys.exit(f"error: --out-dir {args.out_dir} is not empty: name a new one")
