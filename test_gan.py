@@ -792,6 +792,7 @@ def test_run_goes_on_where_a_picture_is_locked(monkeypatch):
     assert load(RUN)["history"]
 
 
+@mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # open file
 def test_run_keeps_the_old_gif_where_a_picture_is_damaged():
     run(f"{PHOTOS} --epochs 1")
     before = contents(RUN)["training.gif"]
