@@ -355,6 +355,14 @@ def test_step_of_G_learns_through_the_updated_D():
     assert means["D_G_z2"] == approx(0.75), "G was shown to the D before its update"
 
 
+def test_step_logs_the_loss_of_D_without_r1():
+    plain = make_game("--batch-size 64 --r1 0")
+    steep = make_game("--batch-size 64 --r1 100")
+    plain.epoch = steep.epoch = 4  # whose only step is the 4th: it has the penalty
+    message = "the logged loss_D holds the penalty"
+    assert play(plain)["loss_D"] == play(steep)["loss_D"], message
+
+
 def test_step_of_G_comes_after_k_steps_of_D():
     game = make_game("--k 3")
     game.opt_G, game.opt_D = Mock(), Mock()
@@ -382,8 +390,11 @@ def test_evaluation_is_a_mixture_of_gaussians_around_the_samples():
     best = max(sigmas, key=lambda sigma: mixture(sigma).log_prob(validation / 255))
     assert float(best) == approx(0.599, abs=0.001), "the test needs an inner sigma"
     scores = mixture(best).log_prob(test / 255)
+    ours = train_gan.log_density(test, samples, best)
+    assert_close(ours, scores, msg="log_density is not that of the mixture")
     mean, error = train_gan.parzen(samples, images, test)
-    assert mean == approx(float(scores.mean()), abs=1e-4), "wrong sigma or density"
+    message = "sigma is not the best of ten for the validation images"
+    assert mean == approx(float(scores.mean()), abs=1e-4), message
     assert error == approx(float(scores.std()) / math.sqrt(30), rel=1e-4)
 
 
@@ -669,7 +680,8 @@ def test_run_prints_the_columns_of_its_table_once():
     with open(RUN / "losses.csv") as file:
         names = file.readline().strip().split(",")
     lines = [line.split() for line in text.splitlines()]
-    assert lines.count(names) == 2, "not the table's columns, once in each call"
+    assert names in lines, "the printed names are not the columns of losses.csv"
+    assert lines.count(names) == 2, "the names are not printed once in each call"
     rows = [line for line in lines if len(line) == len(names) and line != names]
     assert [row[0] for row in rows] == ["25", "50", "75"]
     last = table_of(RUN)[-1]
