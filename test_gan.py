@@ -398,6 +398,12 @@ def test_evaluation_is_a_mixture_of_gaussians_around_the_samples():
     assert error == approx(float(scores.std()) / math.sqrt(30), rel=1e-4)
 
 
+def test_evaluation_does_not_round_its_products():
+    torch.set_float32_matmul_precision("medium")  # as the training leaves it
+    train_gan.parzen(torch.rand(3, 2), torch.zeros(9001, 2), torch.zeros(4, 2))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_evaluation_scales_the_samples_to_the_images():
     """Each of two pixels is 0.2 in G's range, 153 of 255: the best sigma is 0.1."""
     images = torch.full((9001, 2), 153)
@@ -660,6 +666,7 @@ def test_run_returns_its_folder_and_the_average_of_G():
     assert folder == RUN
     assert not G.training, "the average of G is not in eval mode"
     assert_close(G(z), load_generator(folder)(z), rtol=0, atol=0)
+    assert not load_generator(folder)(z).requires_grad, "a picture would need detach()"
 
 
 def test_run_writes_its_history_into_the_table():
@@ -695,6 +702,7 @@ def test_run_says_in_json_what_it_was():
     assert info["dataset"] == "drawn"
     assert info["images"] == [210, 1, 28, 28]
     assert info["torch"] == torch.__version__
+    assert "scoring 10,000 samples ..." in text
     assert f"{info['log_likelihood']:.1f} +- {info['standard_error']:.1f} nats" in text
     assert "\n  " in Path(RUN, "run.json").read_text(), "not easy to read"
 
