@@ -427,6 +427,11 @@ def test_data_of_16_bits_or_more_has_one_scale(dtype):
     assert load_folder("mine", 2)[:, 0, 0].tolist() == [[0, 75], [154, 255]]
 
 
+def test_data_of_floats_may_be_negative():
+    save_pictures("mine", [[[-70000, 70000]] * 2] * 2, "f4")
+    assert load_folder("mine", 2)[:, 0, 0].tolist() == [[0, 255], [0, 255]]
+
+
 def test_data_of_8_bits_keeps_its_white_beside_16_bits():
     save_pictures("mine", [[[1000, 40000]] * 2], "<u2")
     Image.new("L", (2, 2), 131).save("mine/8bits.png")
