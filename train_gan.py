@@ -12,7 +12,7 @@ python train_gan.py                           # MNIST, 40 epochs, the best devic
 python train_gan.py --resume runs/001         # go on where a run was cut off
 
 The game is the first section below: train_epoch and train. The sections after it
-(what a run leaves behind, evaluation, data, command line) can wait.
+(what a run leaves behind, evaluation, data, command line, main) can wait.
 """
 
 import argparse
@@ -419,10 +419,7 @@ def to_tensor(image, size):
 
 
 def scale_deep(images):
-    """Give the float images of a list one scale, from their lowest to highest pixel.
-
-    They become uint8 one by one, so that the floats of all never lie beside a copy.
-    """
+    """Give the float images of a list one scale, and uint8. One by one: less memory."""
     deep = [n for n, x in enumerate(images) if x.is_floating_point()]
     if deep:
         low = min(images[n].min() for n in deep)
@@ -574,6 +571,9 @@ def reason(error):
 
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
+
+
+# --- Main -----------------------------------------------------------------------------
 
 
 def main(argv=None):
