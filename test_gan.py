@@ -222,6 +222,16 @@ def test_networks_are_the_mlps_of_their_arguments():
     assert repr(Discriminator([4], (3, 2, 2), 0.2, 0.1).net) == repr(D)
 
 
+def test_networks_are_without_arguments_the_mlps_of_the_program():
+    args = train_gan.parse_args([])
+    shape = (1, 28, 28)
+    norm, dropout = args.batch_norm, args.dropout
+    G = Generator(args.z_dim, args.g_hidden, shape, norm, dropout, args.g_leak)
+    D = Discriminator(args.d_hidden, shape, dropout, args.d_leak)
+    assert repr(Generator().net) == repr(G.net)
+    assert repr(Discriminator().net) == repr(D.net)
+
+
 def test_networks_average_moves_by_its_formula():
     G_ema, G = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     G(torch.randn(5, 3))
