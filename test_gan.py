@@ -244,7 +244,7 @@ def test_networks_average_moves_by_its_formula():
 
 
 def make_game(flags="", shape=(1, 28, 28)):
-    """All that train_epoch takes: 64 images of noise, in the third epoch."""
+    """All that train_epoch takes: 64 images of noise, in the fourth epoch."""
     args = train_gan.parse_args(f"--batch-size 16 --lr 0.1 {flags}".split())
     torch.manual_seed(0)
     G = Generator(64, [8], shape, True, 0.0, 0.0)
@@ -253,7 +253,7 @@ def make_game(flags="", shape=(1, 28, 28)):
     return SimpleNamespace(
         args=args,
         images=torch.randint(0, 256, (64, *shape), dtype=torch.uint8),
-        epoch=3,
+        epoch=4,
         G=G,
         D=D,
         G_ema=copy.deepcopy(G).eval().requires_grad_(False),
@@ -366,9 +366,9 @@ def test_step_of_G_learns_through_the_updated_D():
 
 
 def test_step_logs_the_loss_of_D_without_r1():
+    """Each epoch is one step here. The penalty is in the fourth."""
     plain = make_game("--batch-size 64 --r1 0")
     steep = make_game("--batch-size 64 --r1 100")
-    plain.epoch = steep.epoch = 4  # whose only step is the 4th: it has the penalty
     message = "the logged loss_D holds the penalty"
     assert play(plain)["loss_D"] == play(steep)["loss_D"], message
 
