@@ -11,14 +11,13 @@ learns to make images that D takes for real, in turn.
 python train_gan.py                           # MNIST, 40 epochs, the best device
 python train_gan.py --resume runs/001         # go on where a run was cut off
 
-The game is the first section below: train_epoch and train. The sections after it
-(what a run leaves behind, evaluation, data, command line, main) can wait.
+The game is the first section below: play, train_epoch and train. The sections after
+it (what a run leaves behind, evaluation, data, command line, main) can wait.
 """
 
 import argparse
 import copy
 import csv
-import glob
 import io
 import json
 import math
@@ -30,7 +29,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision import datasets, transforms, utils
 
 import losses
@@ -39,7 +38,7 @@ from models import Discriminator, Generator, load_checkpoint, update_average
 # The R1 penalty is expensive. It is computed in every 4th step of D and made 4 times
 # as heavy: lazy regularisation (Karras et al. 2020, section 3.1).
 R1_EVERY = 4
-SAVE_EVERY = 100  # steps of D, if epochs are shorter than that; else every epoch
+SAVE_EVERY = 100  # steps of D between two saves, if epochs are shorter; else 1 epoch
 DRAWN = [30_000, 5_000]  # digits for the training, and for the test
 DATASETS = {
     "mnist": datasets.MNIST,
@@ -52,26 +51,17 @@ NAMES = ["auto", *DATASETS, "drawn"]  # what --dataset knows, beside folders
 # --- The game -------------------------------------------------------------------------
 
 
-def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
-    """Algorithm 1 once over all images, uint8 (N, C, H, W): k steps of D, one of G.
+def play(args, images, batches, D_steps, G_steps, G, D, G_ema, opt_G, opt_D):
+    """Algorithm 1 on these batches: k steps of D, then one of G, in turn.
 
-    Returns the mean over the epoch of each column of losses.csv.
+    `images` are uint8 (N, C, H, W); a batch is a tensor of indices into them. `D_steps`
+    and `G_steps` count the steps before these batches. Returns the columns of
+    losses.csv, each a list with a value for each step.
     """
-    # Random numbers follow from seed and epoch: a resumed run draws the same. Without
-    # a large factor, seed 0 would draw in epoch 2 what seed 1 draws in epoch 1.
-    torch.manual_seed(args.seed * 1_000_003 + epoch)
-    # All images lie on the device, so a batch is a list of indices: no DataLoader.
-    n_batches = batches_per_epoch(args, images)
-    batches = torch.randperm(len(images), device=images.device).tensor_split(n_batches)
-    D_steps = (epoch - 1) * n_batches  # of the epochs before this one
-    G_steps = (epoch - 1) * math.ceil(n_batches / args.k)
-    generator_loss = losses.generator_loss
-    if args.loss == "minimax":
-        generator_loss = losses.minimax_generator_loss
     log = defaultdict(list)  # of tensors: .item() would wait for the GPU in each step
-
     for step, batch in enumerate(batches, 1):
-        # (1) Update D: maximise log D(x) + log(1 - D(G(z)))
+        # (1) Update D: maximise log D(x) + log(1 - D(G(z))).
+        # Here D(x) is a probability; in code, D gives its logit.
         x = images[batch] / 127.5 - 1  # 0 .. 255 -> [-1, 1], the range of G's tanh
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
@@ -91,31 +81,49 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         opt_D.step()
 
         correct = torch.cat([real_logits > 0, fake_logits < 0])  # logit 0: D(x) = 1/2
+        # detach(): a logged value must not keep its graph in memory.
         log["loss_D"].append(loss_D.detach())  # without R1; log 4 where D guesses
         log["D_x"].append(real_logits.detach().sigmoid().mean())
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before D's update
         log["acc_D"].append(correct.float().mean())
-        if step % args.k != 0 and step < n_batches:
-            continue  # k steps of D, then one of G; the epoch ends with one of G
 
-        # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))).
-        # Algorithm 1 draws new noise here. We keep the fakes: G has not changed.
-        fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
-        loss_G = generator_loss(fake_logits)
-        opt_G.zero_grad()
-        loss_G.backward(inputs=list(G.parameters()))  # through D, but not for D
-        opt_G.step()
+        # After k steps of D, one of G. The last step of all is one of G, too.
+        if step % args.k == 0 or step == len(batches):
+            # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))).
+            # Algorithm 1 draws new noise here. We keep the fakes: G has not changed.
+            fake_logits = D(fake)  # by the updated D; no detach(): G learns through D
+            if args.loss == "minimax":
+                loss_G = losses.minimax_generator_loss(fake_logits)
+            else:
+                loss_G = losses.generator_loss(fake_logits)
+            opt_G.zero_grad()
+            loss_G.backward(inputs=list(G.parameters()))  # through D, but not for D
+            opt_G.step()
 
-        log["loss_G"].append(loss_G.detach())
-        log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())  # after D's update
+            log["loss_G"].append(loss_G.detach())  # and, after D's update:
+            log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())
 
-        # (3) Average G: G and D chase each other, so G's weights go round and round.
-        # Their average is near the centre. It covers about 1 / (1 - decay) steps: few
-        # at first, so that the bad first weights are soon forgotten.
-        G_steps += 1
-        decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
-        update_average(G_ema, G, decay)
+            # (3) Average G: G and D chase each other, so G's weights go round and
+            # round. Their average is near the centre. It covers the last ninth of G's
+            # steps so far: the bad first weights are soon forgotten. --ema is its
+            # limit (by default, it is reached in epoch 193 of MNIST).
+            G_steps += 1
+            decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
+            update_average(G_ema, G, decay)
+    return log
 
+
+def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
+    """Play once over all images. Returns the mean of each column of losses.csv."""
+    # Random numbers follow from seed and epoch: a resumed run draws the same. Without
+    # a large factor, seed 0 would draw in epoch 2 what seed 1 draws in epoch 1.
+    torch.manual_seed(args.seed * 1_000_003 + epoch)
+    # All images lie on the device, so a batch is a list of indices: no DataLoader.
+    n_batches = batches_per_epoch(args, images)
+    batches = torch.randperm(len(images), device=images.device).tensor_split(n_batches)
+    D_steps = (epoch - 1) * n_batches  # of the epochs before this one
+    G_steps = (epoch - 1) * math.ceil(n_batches / args.k)
+    log = play(args, images, batches, D_steps, G_steps, G, D, G_ema, opt_G, opt_D)
     return {name: torch.stack(values).mean().item() for name, values in log.items()}
 
 
@@ -124,14 +132,13 @@ def batches_per_epoch(args, images):
     return max(1, len(images) // args.batch_size)
 
 
-def train(args, images, run, facts, checkpoint=None):
-    """Train on uint8 images (N, C, H, W), and save into the folder `run`.
+def train(args, images, run, checkpoint=None):
+    """Train on uint8 images (N, C, H, W), on the images' device; save into `run`.
 
-    `facts`: the data set's name, the shape of its images and the device. Goes on from
-    a checkpoint, if there is one. Returns G_ema, the average of G, in eval mode, on the
-    CPU.
+    Goes on from a checkpoint, if there is one. Returns G_ema, the average of G, in eval
+    mode, on the CPU.
     """
-    device = facts["device"]
+    device = images.device
     # Matrix products may round their inputs (to TF32 or bfloat16): fast, good enough.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed)
@@ -156,27 +163,29 @@ def train(args, images, run, facts, checkpoint=None):
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
     history = []
     if checkpoint:
-        restore(parts, checkpoint)
-        history = checkpoint["history"]
-
-    images = images.to(device)
-    save_every = math.ceil(SAVE_EVERY / batches_per_epoch(args, images))  # in epochs
-    # Saved beside the parts. The loop below extends this history.
-    saved = {"args": vars(args), "facts": facts, "G_args": G_args, "history": history}
+        history = restore(parts, checkpoint)
+    else:
+        utils.save_image(images[:64] / 255, run / "real.png")
+    save_info(args, images, run)
+    n_batches = batches_per_epoch(args, images)
+    if args.k > n_batches:
+        warn(f"--k {args.k}: an epoch has {n_batches} steps of D, then one of G")
+    save_every = math.ceil(SAVE_EVERY / n_batches)  # in epochs
     header = True
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         means = train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D)
         seconds = time.perf_counter() - start
+        means = {name: float(mean) for name, mean in means.items()}  # no NumPy numbers
+        history.append({"epoch": epoch, **means, "seconds": seconds})
         samples = G_ema(fixed_z) / 2 + 0.5  # [-1, 1] -> [0, 1]
         if samples.isnan().any():
+            save_table(history, run)  # it shows how this came
             sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
-        history.append({"epoch": epoch, **means, "seconds": seconds})
         if epoch % save_every == 0 or epoch == args.epochs:
-            save_pictures(images, samples, epoch, run)
-            save_info(vars(args) | facts, run)
+            utils.save_image(samples, run / f"epoch_{epoch:05}.png")
             save_table(history, run)
-            save_checkpoint(parts, saved, run)
+            save_checkpoint(run, parts, args=vars(args), G_args=G_args, history=history)
             print_row(history[-1], header)
             header = False
     return G_ema.cpu()
@@ -193,46 +202,28 @@ def print_row(row, header):
     print(f"{epoch:8}", *(f"{mean:7.3f}" for mean in means), flush=True)
 
 
-def save_pictures(images, samples, epoch, run):
-    """Grids of this epoch's samples, in [0, 1], and of 64 real images, uint8."""
-    try:
-        utils.save_image(samples, run / f"epoch_{epoch:05}.png")
-        utils.save_image(images[:64] / 255, run / "real.png")
-    except PermissionError as error:  # Windows locks a picture that a program shows
-        warn(error)
-
-
-def save_info(info, run):
+def save_info(args, images, run, **scores):
     """run.json, for people: the flags, and what the program found out."""
-    info = info | {"torch": str(torch.__version__)}
+    found = {"device": str(images.device), "images": list(images.shape)}
+    info = vars(args) | found | {"torch": str(torch.__version__)} | scores
     replace_file(run / "run.json", json.dumps(info, indent=2).encode())
 
 
-def add_score(mean, error, run):
-    info = json.loads((run / "run.json").read_bytes())
-    save_info(info | {"log_likelihood": mean, "standard_error": error}, run)
-
-
 def save_table(rows, run):
-    """losses.csv. If you add a column to the log, earlier rows leave it empty."""
-    columns = {}
-    for row in rows:
-        columns |= row
+    """losses.csv. Rows from before a change of the code may lack a column."""
+    columns = dict.fromkeys(name for row in rows for name in row)
     table = io.StringIO()
     writer = csv.DictWriter(table, columns)
     writer.writeheader()
     writer.writerows(rows)
-    try:
-        replace_file(run / "losses.csv", table.getvalue().encode())
-    except PermissionError as error:  # Excel locks the table that it shows
-        warn(error)
+    replace_file(run / "losses.csv", table.getvalue().encode())
 
 
-def save_checkpoint(parts, saved, run):
+def save_checkpoint(run, parts, **rest):
     """Saved last: after a kill, --resume goes on from the last whole checkpoint."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    data = io.BytesIO()  # in memory: torch.save itself hides that a disk is full
-    torch.save(states | saved, data)
+    data = io.BytesIO()  # on a full disk, torch.save to a file raises no OSError
+    torch.save(states | rest, data)
     replace_file(run / "checkpoint.pt", data.getvalue())
 
 
@@ -240,26 +231,31 @@ def replace_file(path, data):
     """Write a new file, then put it in the old one's place: a kill leaves one."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except PermissionError as error:  # on Windows, Excel locks the table that it shows
+        warn(f"{path} stays as it was: {error}")
 
 
 def restore(parts, checkpoint):
-    """Load the networks' weights and the optimisers' moments, which must fit."""
+    """Load the networks' weights and the optimisers' moments. Returns the history."""
     try:
         for name, part in parts.items():
             state = checkpoint[name]
             if isinstance(part, torch.optim.Optimizer):
-                # Its settings are those of the flags, which may have changed.
+                # Its settings are those of the flags, which may have changed. (So a
+                # scheduler must set its learning rate again.)
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
+        return checkpoint["history"]
     except Exception as error:
         message = f"these flags or data do not fit the checkpoint: {reason(error)}"
         raise SystemExit(f"error: {message}") from error
 
 
 def save_gif(run):
-    """training.gif: the pictures of all epochs, in their order, 150 ms each."""
-    paths = sorted(run.glob("epoch_*.png"), key=lambda path: (len(path.name), path))
+    """training.gif: the pictures of all epochs, 150 ms each."""
+    paths = sorted(run.glob("epoch_*.png"))
     if not paths:
         return
     pages = (Image.open(path).convert("RGB") for path in paths)  # one at a time
@@ -268,7 +264,7 @@ def save_gif(run):
         first = next(pages)
         first.save(gif, "GIF", save_all=True, append_images=pages, duration=150, loop=0)
         replace_file(run / "training.gif", gif.getvalue())
-    except OSError as error:  # a locked file, or half a picture
+    except OSError as error:  # a full disk, or half a picture
         warn(f"training.gif: {error}")
 
 
@@ -307,10 +303,12 @@ def log_density(images, samples, sigma):
     With n samples and d pixels:
     log sum exp(-|x - s|^2 / (2 sigma^2)) - log n - d/2 log(2 pi sigma^2)
     """
-    distances = torch.cdist(images.flatten(1) / 255, samples.flatten(1))
-    log_sums = distances.square_().div_(-2 * sigma**2).logsumexp(1)
+    log_sums = []
+    for part in images.split(1000):  # all at once would take 1 GB more
+        distances = torch.cdist(part.flatten(1) / 255, samples.flatten(1))
+        log_sums.append(distances.square_().div_(-2 * sigma**2).logsumexp(1))
     norm = samples[0].numel() / 2 * math.log(math.tau * sigma**2)
-    return log_sums - math.log(len(samples)) - norm
+    return torch.cat(log_sums) - math.log(len(samples)) - norm
 
 
 # --- Data -----------------------------------------------------------------------------
@@ -325,108 +323,80 @@ def load_data(args):
     if name == "auto":
         name = "mnist"
     if name in DATASETS:
-        try:
-            return name, *download(name, args.data_dir)
-        except Exception as error:
-            folder = f"{args.data_dir}/{DATASETS[name].__name__}/raw"
-            message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
-            message += f" (if a file is damaged, delete {folder})"
-            if args.dataset != "auto":
-                raise SystemExit(f"error: {message}") from error
-            warn(f"training on --dataset drawn: {message}")
-            name = "drawn"
+        parts = download(name, args)
+        if parts:
+            train, test = parts
+            return name, train.data.unsqueeze(1), test.data.unsqueeze(1)
+        name = "drawn"
     if name == "drawn":
         return name, *draw_digits()
+    if not os.path.isdir(name):
+        sys.exit(f"error: --dataset {name}: no folder, and none of {NAMES}")
     return name, load_folder(name, args.image_size), None
 
 
-def download(name, folder):
-    """Training and test images of a torchvision data set, kept in the folder."""
+def download(name, args):
+    """The training and the test part of a torchvision data set, kept in --data-dir.
+
+    Where they cannot be had, --dataset auto goes on without them: None.
+    """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
     try:
-        train = DATASETS[name](folder, train=True, download=True)
-        test = DATASETS[name](folder, train=False, download=True)
+        train = DATASETS[name](args.data_dir, train=True, download=True)
+        test = DATASETS[name](args.data_dir, train=False, download=True)
+        return train, test
+    except Exception as error:
+        message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
+        raw = Path(args.data_dir, DATASETS[name].__name__, "raw")
+        if any(raw.glob("*")):
+            message += f" (if a file is damaged, delete {raw})"
+        if args.dataset != "auto":
+            raise SystemExit(f"error: {message}") from error
+        warn(f"training on --dataset drawn: {message}")
     finally:
         socket.setdefaulttimeout(timeout)
-    return train.data.unsqueeze(1), test.data.unsqueeze(1)
 
 
 def load_folder(folder, size):
     """Every image below the folder, uint8 (N, C, size, size); C = 1 if all are grey."""
     print(f"reading {folder} ...", flush=True)
-    images = []
+    paths = []
     unreadable = []
-    for path in find_files(folder, unreadable):
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if name[0] != "."]  # hidden: not entered
+        paths += [os.path.join(parent, name) for name in names if name[0] != "."]
+    images = []
+    for path in sorted(paths):
         try:
-            images += read_images(path, size)
+            images.append(load_image(path, size))
         except Exception as error:  # noqa: BLE001 damaged files raise any
             unreadable.append(f"{path}: {reason(error)}")
     if unreadable:
         warn(f"{len(unreadable)} unreadable, the first is {unreadable[0]}")
     if len(images) < 2:
-        sys.exit(f"error: --dataset {folder}: {len(images)} images, 2 are needed")
-    scale_deep(images)
+        message = f"{len(images)} images, 2 are needed; links to folders do not count"
+        sys.exit(f"error: --dataset {folder}: {message}")
     # Grey images get three channels where others have colours.
-    images = torch.stack(torch.broadcast_tensors(*images))
-    low, high = images.aminmax()
-    if high - low < 64:
-        warn(f"{folder} has only the levels {low} to {high} of 0 to 255: little to see")
-    return images
+    return torch.stack(torch.broadcast_tensors(*images))
 
 
-def find_files(folder, unreadable):
-    """Sorted paths. Links are followed, each folder once; hidden files are left out."""
-    paths = []
-    seen = set()
-    walk = os.walk(folder, onerror=unreadable.append, followlinks=True)
-    for parent, folders, names in walk:
-        if os.path.realpath(parent) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if not name.startswith("."):
-                paths.append(os.path.join(parent, name))
-    return sorted(paths)
-
-
-def read_images(path, size):
-    """The image of a file, or all images of a TIFF stack, as in to_tensor."""
+def load_image(path, size):
+    """uint8 (C, size, size), cropped to a square; C = 1 if it is grey, else 3."""
     with Image.open(path) as file:
-        frames = [file]  # of an animated GIF, and of a photo with a preview, the first
-        if file.format == "TIFF":
-            frames = ImageSequence.Iterator(file)
-        return [to_tensor(frame, size) for frame in frames]
-
-
-def to_tensor(image, size):
-    """(C, size, size), cropped to a square: uint8, or float32 from 16 bits on."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # I;16, I;16B, I and F: integers and floats
-        image = image.convert("F")
-    else:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")  # below transparent parts
-        image = Image.alpha_composite(white, image).convert("RGB")
+        file.draft(None, (2 * size, 2 * size))  # a large JPEG is read ten times as fast
+        # Pillow's names for more than 8 bits: grey I;16, I and F, colours RGB;16B, ...
+        if file.mode[0] in "IF" or ";16" in str(file.tile):
+            raise ValueError("more than 8 bits a channel: convert it to 8")
+        if file.format == "TIFF" and file.n_frames > 1:
+            raise ValueError("several images in one file: save each as a file")
+        image = ImageOps.exif_transpose(file).convert("RGBA")  # as the camera was held
+    white = Image.new("RGBA", image.size, "white")  # below transparent parts
+    image = Image.alpha_composite(white, image).convert("RGB")
     x = transforms.PILToTensor()(ImageOps.fit(image, (size, size)))
-    if not -(2**32) <= x.min().item() <= x.max().item() <= 2**32:  # nan: not <=
-        raise ValueError("a pixel is missing, infinite or a fill value")
     if (x == x[:1]).all():
         return x[:1].clone()  # grey: one channel is enough
     return x
-
-
-def scale_deep(images):
-    """Give the float images of a list one scale, and uint8. One by one: less memory."""
-    deep = [n for n, x in enumerate(images) if x.is_floating_point()]
-    if deep:
-        low = min(images[n].min() for n in deep)
-        high = max(images[n].max() for n in deep)
-        contrast = max(high - low, torch.tensor(1e-30))  # not 0 where all are flat
-        for n in deep:
-            images[n] = ((images[n] - low) * 255 / contrast).round().byte()
 
 
 def draw_digits():
@@ -456,11 +426,12 @@ def parse_args(argv=None, defaults=None):
     count = in_range(int, 1)
     amount = in_range(float, 0)
     share = in_range(float, 0, 1)
+    yes_no = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data and files")
     add = group.add_argument
     names = ", ".join(NAMES)
-    add("--dataset", type=data_set, default="auto", help=f"{names}, or a folder")
+    add("--dataset", default="auto", help=f"{names}, or a folder")
     add("--data-dir", default="data", help="where data sets are, or will be put")
     add("--image-size", type=count, default=28, help="pixels a side, for a folder")
     either = group.add_mutually_exclusive_group()
@@ -471,7 +442,6 @@ def parse_args(argv=None, defaults=None):
     add("--z-dim", type=count, default=64, help="length of G's noise")
     add("--g-hidden", type=count, nargs="+", default=[256, 512], help="G's widths")
     add("--d-hidden", type=count, nargs="+", default=[512, 256], help="D's widths")
-    yes_no = argparse.BooleanOptionalAction
     add("--batch-norm", action=yes_no, default=True, help="in G: samples stay varied")
     add("--dropout", type=share, default=0.0, help="in both networks: weakens D")
     add("--g-leak", type=amount, default=0.0, help="slope of G below 0; 0 is ReLU")
@@ -511,53 +481,41 @@ def in_range(kind, low, high=math.inf):
     return parse
 
 
-def data_set(text):
-    """A type for argparse: a known name, or a folder."""
-    if text in NAMES or os.path.isdir(text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no folder, and none of {NAMES}")
-
-
-def open_run(folder, argv):
-    """The flags of a run, where argv does not say otherwise, and its checkpoint."""
+def open_run(run):
+    """The checkpoint of a run, its flags, and the number of its epochs."""
     try:
-        checkpoint = load_checkpoint(folder)
-        done = len(checkpoint["history"])
-        # auto is for new runs: this one keeps to the data that it began with.
-        defaults = checkpoint["args"] | {"dataset": checkpoint["facts"]["dataset"]}
+        checkpoint = load_checkpoint(run)
+        return checkpoint, checkpoint["args"], len(checkpoint["history"])
     except Exception as error:
-        message = f"no whole run of this version in --resume {folder}: {reason(error)}"
+        message = f"no whole run of this version in --resume {run}: {reason(error)}"
         raise SystemExit(f"error: {message}") from error
-    args = parse_args(argv, defaults)
-    if args.epochs < done:
-        sys.exit(f"error: --epochs {args.epochs}: {folder} has {done} epochs already")
-    return args, checkpoint
 
 
 def choose_device(name):
-    """The device of that name, or the best that is here."""
-    best = "cpu"
+    """The device of that name, or else the best one that works here."""
+    devices = [name]
     if torch.cuda.is_available():
-        best = "cuda"
-    elif torch.backends.mps.is_available():
-        best = "mps"
+        devices.append("cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    devices.append("cpu")
     if name == "auto":
-        return best
-    try:
-        torch.zeros(1, device=name).item()
-        return name
-    except (AssertionError, ImportError, RuntimeError) as error:
-        warn(f"no {name} here, training on {best}: {reason(error)}")
-        return best
+        devices.remove("auto")
+    for device in dict.fromkeys(devices):  # each once
+        try:
+            torch.ones(2, device=device).sum().item()  # fails on a card that is too old
+            return device
+        except (AssertionError, ImportError, RuntimeError) as error:
+            warn(f"{device} cannot be used: {reason(error)}")
 
 
 def new_folder():
     """Make runs/001, or the next free number. Runs that start together never share."""
     number = 1
     while True:
-        run = f"runs/{number:03}"
+        run = Path(f"runs/{number:03}")
         try:
-            os.makedirs(run)
+            run.mkdir(parents=True)
             return run
         except FileExistsError:
             number += 1
@@ -578,39 +536,49 @@ def warn(message):
 
 def main(argv=None):
     """Run the program; return the run's folder and the average of G, on the CPU."""
+    if argv is not None:
+        argv = [str(word) for word in argv]  # numbers and paths are welcome
     args = parse_args(argv)
-    checkpoint = None
     run = None
+    checkpoint = None
     try:
         if args.resume is not None:
-            args, checkpoint = open_run(args.resume, argv)
-        elif args.out_dir and glob.glob("*", root_dir=args.out_dir):  # no hidden files
-            sys.exit(f"error: --out-dir {args.out_dir} is not empty: name a new one")
+            run = Path(args.resume)
+            checkpoint, flags, done = open_run(run)
+            args = parse_args(argv, defaults=flags)
+            if args.epochs < done:
+                sys.exit(f"error: --epochs {args.epochs}: {done} are done already")
+            if args.epochs == done:
+                warn(f"{done} epochs are done: --epochs {2 * done} goes on")
+        elif args.out_dir:
+            run = Path(args.out_dir)
+            if any(run.glob("[!.]*")):  # hidden files do not count
+                message = "is not empty: name a new one, or --resume it"
+                sys.exit(f"error: --out-dir {run} {message}")
         device = choose_device(args.device)
-        dataset, images, test_images = load_data(args)
-        facts = {"dataset": dataset, "images": list(images.shape), "device": device}
-        run = Path(args.resume or args.out_dir or new_folder())
+        # A resumed run keeps to the data that `auto` found.
+        args.dataset, images, test_images = load_data(args)
+        images = images.to(device)
+        run = run or new_folder()
         run.mkdir(parents=True, exist_ok=True)
-        print(f"{run}: {dataset} {facts['images']}, {device}")
-        if checkpoint and checkpoint["facts"]["images"] != facts["images"]:
-            before = checkpoint["facts"]["images"]
-            warn(f"the data has changed from {before} to {facts['images']}")
+        print(f"{run}: {args.dataset} {list(images.shape)}, {device}")
         try:
-            G = train(args, images, run, facts, checkpoint)
+            G = train(args, images, run, checkpoint)
         finally:  # after Ctrl-C as well
             save_gif(run)
         if test_images is not None:
-            mean, error = score(G, args.z_dim, images, test_images)
-            print(f"log-likelihood of {dataset}: {mean:.1f} +- {error:.1f} nats")
-            add_score(mean, error, run)
+            mean, error = score(G, args.z_dim, images.cpu(), test_images)
+            print(f"log-likelihood of {args.dataset}: {mean:.1f} +- {error:.1f} nats")
+            save_info(args, images, run, log_likelihood=mean, standard_error=error)
         return run, G
     except OSError as error:  # a full disk, a folder that must not be written to
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         if run and (run / "checkpoint.pt").exists():
-            warn(f'stopped; go on with: python train_gan.py --resume "{run}"')
+            warn(f'stopped; go on with --resume "{run}"')
         raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # Windows: no name is an error
     main()

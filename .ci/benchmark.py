@@ -72,7 +72,18 @@ def ours(r1):
             return float(list(csv.DictReader(file))[-1]["seconds"])
 
 
-rounds = [(conventional(), ours("0"), ours("1")) for _ in range(args.rounds)]
+def round_of_three(number):
+    """One line before each part: a part takes up to half a minute."""
+    begin = f"round {number} of {args.rounds}:"
+    print(begin, "the conventional loop ...", flush=True)
+    theirs = conventional()
+    print(begin, "train_gan.py --r1 0 ...", flush=True)
+    plain = ours("0")
+    print(begin, "train_gan.py ...", flush=True)
+    return theirs, plain, ours("1")
+
+
+rounds = [round_of_three(number) for number in range(1, args.rounds + 1)]
 theirs, plain, default = (statistics.median(times) for times in zip(*rounds))
 print(f"the conventional loop  {theirs:6.1f} s an epoch (medians of {args.rounds})")
 print(f"train_gan.py --r1 0    {plain:6.1f} s, {theirs / plain:.1f} times as fast")
