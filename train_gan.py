@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -38,7 +39,7 @@ from models import Discriminator, Generator, load_checkpoint, update_average
 # The R1 penalty is expensive. It is computed in every 4th step of D and made 4 times
 # as heavy: lazy regularisation (Karras et al. 2020, section 3.1).
 R1_EVERY = 4
-SAVE_EVERY = 100  # steps of D between two saves, if epochs are shorter; else 1 epoch
+SAVE_EVERY = 100  # at least so many steps of D between two saves, in whole epochs
 DRAWN = [30_000, 5_000]  # digits for the training, and for the test
 DATASETS = {
     "mnist": datasets.MNIST,
@@ -87,7 +88,7 @@ def play(args, images, batches, D_steps, G_steps, G, D, G_ema, opt_G, opt_D):
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())  # before D's update
         log["acc_D"].append(correct.float().mean())
 
-        # After k steps of D, one of G. The last step of all is one of G, too.
+        # After k steps of D, one of G. There is one at the end of the epoch, too.
         if step % args.k == 0 or step == len(batches):
             # (2) Update G: maximise log D(G(z)), or minimise log(1 - D(G(z))).
             # Algorithm 1 draws new noise here. We keep the fakes: G has not changed.
@@ -100,13 +101,14 @@ def play(args, images, batches, D_steps, G_steps, G, D, G_ema, opt_G, opt_D):
             loss_G.backward(inputs=list(G.parameters()))  # through D, but not for D
             opt_G.step()
 
-            log["loss_G"].append(loss_G.detach())  # and, after D's update:
+            log["loss_G"].append(loss_G.detach())
+            # The second D(G(z)) is from after D's update.
             log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())
 
             # (3) Average G: G and D chase each other, so G's weights go round and
             # round. Their average is near the centre. It covers the last ninth of G's
-            # steps so far: the bad first weights are soon forgotten. --ema is its
-            # limit (by default, it is reached in epoch 193 of MNIST).
+            # steps so far: the bad first weights are soon forgotten. --ema limits it
+            # (by default from epoch 193 of MNIST on).
             G_steps += 1
             decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
             update_average(G_ema, G, decay)
@@ -118,7 +120,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
     # Random numbers follow from seed and epoch: a resumed run draws the same. Without
     # a large factor, seed 0 would draw in epoch 2 what seed 1 draws in epoch 1.
     torch.manual_seed(args.seed * 1_000_003 + epoch)
-    # All images lie on the device, so a batch is a list of indices: no DataLoader.
+    # All images lie on the device. A batch is a tensor of indices: no DataLoader.
     n_batches = batches_per_epoch(args, images)
     batches = torch.randperm(len(images), device=images.device).tensor_split(n_batches)
     D_steps = (epoch - 1) * n_batches  # of the epochs before this one
@@ -128,7 +130,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 
 
 def batches_per_epoch(args, images):
-    """100 images at --batch-size 30 make 3 batches, of 34, 33 and 33: none is small."""
+    """100 images at --batch-size 30 make 3 batches, of 34, 33 and 33, not a last one of 10."""
     return max(1, len(images) // args.batch_size)
 
 
@@ -163,24 +165,27 @@ def train(args, images, run, checkpoint=None):
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
     history = []
     if checkpoint:
-        history = restore(parts, checkpoint)
+        restore(parts, checkpoint)
+        history = checkpoint["history"]
     else:
         utils.save_image(images[:64] / 255, run / "real.png")
-    save_info(args, images, run)
+    if len(history) < args.epochs:
+        save_info(args, images, run)
     n_batches = batches_per_epoch(args, images)
     if args.k > n_batches:
-        warn(f"--k {args.k}: an epoch has {n_batches} steps of D, then one of G")
+        warn(f"--k {args.k} does what --k {n_batches} does: an epoch has no more steps")
     save_every = math.ceil(SAVE_EVERY / n_batches)  # in epochs
     header = True
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         means = train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D)
         seconds = time.perf_counter() - start
-        means = {name: float(mean) for name, mean in means.items()}  # no NumPy numbers
+        # Plain numbers: one of NumPy's, in a column of yours, would not load again.
+        means = {name: float(mean) for name, mean in means.items()}
         history.append({"epoch": epoch, **means, "seconds": seconds})
         samples = G_ema(fixed_z) / 2 + 0.5  # [-1, 1] -> [0, 1]
         if samples.isnan().any():
-            save_table(history, run)  # it shows how this came
+            save_table(history, run)  # its last rows show how this came
             sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
         if epoch % save_every == 0 or epoch == args.epochs:
             utils.save_image(samples, run / f"epoch_{epoch:05}.png")
@@ -210,7 +215,7 @@ def save_info(args, images, run, **scores):
 
 
 def save_table(rows, run):
-    """losses.csv. Rows from before a change of the code may lack a column."""
+    """losses.csv. If you add a column to the log, earlier rows leave it empty."""
     columns = dict.fromkeys(name for row in rows for name in row)
     table = io.StringIO()
     writer = csv.DictWriter(table, columns)
@@ -228,26 +233,24 @@ def save_checkpoint(run, parts, **rest):
 
 
 def replace_file(path, data):
-    """Write a new file, then put it in the old one's place: a kill leaves one."""
+    """Write a new file, then put it in the old one's place: one of them stays whole."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
     try:
         temporary.replace(path)
-    except PermissionError as error:  # on Windows, Excel locks the table that it shows
+    except PermissionError as error:  # Windows: another program has it open
         warn(f"{path} stays as it was: {error}")
 
 
 def restore(parts, checkpoint):
-    """Load the networks' weights and the optimisers' moments. Returns the history."""
+    """Load the networks' weights and Adam's moments, which must fit."""
     try:
         for name, part in parts.items():
             state = checkpoint[name]
             if isinstance(part, torch.optim.Optimizer):
-                # Its settings are those of the flags, which may have changed. (So a
-                # scheduler must set its learning rate again.)
+                # The learning rate is that of the flags, which may have changed.
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
-        return checkpoint["history"]
     except Exception as error:
         message = f"these flags or data do not fit the checkpoint: {reason(error)}"
         raise SystemExit(f"error: {message}") from error
@@ -282,13 +285,13 @@ def score(G, z_dim, images, test_images):
 def parzen(samples, images, test_images):
     """Log-likelihood of the test images (Goodfellow et al. 2014, section 5).
 
-    G has no density, so a Gaussian of width sigma is put on each sample: a Parzen
-    window. Sigma is the best of ten for 1,000 validation images. The paper kept those
+    G has no density, so a Gaussian is put on each sample, a Parzen window, with
+    standard deviation sigma. Sigma is the best of ten for 1,000 validation images. The paper kept those
     out of training (50,000 images); here they are part of it (60,000), and G has seen
     them. Samples (N, C, H, W) in [0, 1], images uint8 -> the mean over the test images
-    and its standard error, in nats.
+    and its standard error, in nats (natural logarithms).
     """
-    # Distances are small differences of large numbers: exact products, please.
+    # Distances are small differences of large numbers: no rounding here.
     torch.set_float32_matmul_precision("highest")
     validation = images[-10_000:-9000]
     sigmas = torch.logspace(-1, 0, 10)  # from 0.1 to 1
@@ -323,11 +326,19 @@ def load_data(args):
     if name == "auto":
         name = "mnist"
     if name in DATASETS:
-        parts = download(name, args)
-        if parts:
-            train, test = parts
+        try:
+            train, test = download(DATASETS[name], args.data_dir)
+        except Exception as error:
+            message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
+            raw = Path(args.data_dir, DATASETS[name].__name__, "raw")
+            if any(raw.glob("*")):
+                message += f" (if a file is damaged, delete {raw})"
+            if args.dataset != "auto":
+                raise SystemExit(f"error: {message}") from error
+            warn(f"training on --dataset drawn: {message}")
+            name = "drawn"
+        else:
             return name, train.data.unsqueeze(1), test.data.unsqueeze(1)
-        name = "drawn"
     if name == "drawn":
         return name, *draw_digits()
     if not os.path.isdir(name):
@@ -335,25 +346,14 @@ def load_data(args):
     return name, load_folder(name, args.image_size), None
 
 
-def download(name, args):
-    """The training and the test part of a torchvision data set, kept in --data-dir.
-
-    Where they cannot be had, --dataset auto goes on without them: None.
-    """
+def download(dataset, folder):
+    """The training and the test part of a torchvision data set, kept in the folder."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
     try:
-        train = DATASETS[name](args.data_dir, train=True, download=True)
-        test = DATASETS[name](args.data_dir, train=False, download=True)
+        train = dataset(folder, train=True, download=True)
+        test = dataset(folder, train=False, download=True)
         return train, test
-    except Exception as error:
-        message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
-        raw = Path(args.data_dir, DATASETS[name].__name__, "raw")
-        if any(raw.glob("*")):
-            message += f" (if a file is damaged, delete {raw})"
-        if args.dataset != "auto":
-            raise SystemExit(f"error: {message}") from error
-        warn(f"training on --dataset drawn: {message}")
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -370,7 +370,7 @@ def load_folder(folder, size):
     for path in sorted(paths):
         try:
             images.append(load_image(path, size))
-        except Exception as error:  # noqa: BLE001 damaged files raise any
+        except Exception as error:  # noqa: BLE001 a damaged file: any error
             unreadable.append(f"{path}: {reason(error)}")
     if unreadable:
         warn(f"{len(unreadable)} unreadable, the first is {unreadable[0]}")
@@ -384,13 +384,13 @@ def load_folder(folder, size):
 def load_image(path, size):
     """uint8 (C, size, size), cropped to a square; C = 1 if it is grey, else 3."""
     with Image.open(path) as file:
-        file.draft(None, (2 * size, 2 * size))  # a large JPEG is read ten times as fast
-        # Pillow's names for more than 8 bits: grey I;16, I and F, colours RGB;16B, ...
-        if file.mode[0] in "IF" or ";16" in str(file.tile):
+        file.draft(None, (2 * size, 2 * size))  # a large JPEG: not all of its pixels
+        # Pillow's signs of more than 8 bits: modes I;16, I and F, colours from RGB;16B.
+        if file.mode[0] in "IF" or re.search(";16[BLN]", str(file.tile)):
             raise ValueError("more than 8 bits a channel: convert it to 8")
         if file.format == "TIFF" and file.n_frames > 1:
             raise ValueError("several images in one file: save each as a file")
-        image = ImageOps.exif_transpose(file).convert("RGBA")  # as the camera was held
+        image = ImageOps.exif_transpose(file).convert("RGBA")  # upright
     white = Image.new("RGBA", image.size, "white")  # below transparent parts
     image = Image.alpha_composite(white, image).convert("RGB")
     x = transforms.PILToTensor()(ImageOps.fit(image, (size, size)))
@@ -403,6 +403,7 @@ def draw_digits():
     """Ten digits in Pillow's own font, warped at random: the same at every call."""
     print(f"drawing {sum(DRAWN):,} digits ...", flush=True)
     torch.manual_seed(0)
+    # Degrees, shift, scale, shear:
     warp = transforms.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 15, Image.BILINEAR)
     font = ImageFont.load_default(22)
     digits = []
@@ -421,7 +422,7 @@ def parse_args(argv=None, defaults=None):
     parser = argparse.ArgumentParser(
         description="Train a generative adversarial network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        usage=argparse.SUPPRESS,  # an error is one line
+        usage=argparse.SUPPRESS,  # else all flags stand above an error
     )
     count = in_range(int, 1)
     amount = in_range(float, 0)
@@ -515,7 +516,7 @@ def new_folder():
     while True:
         run = Path(f"runs/{number:03}")
         try:
-            run.mkdir(parents=True)
+            os.makedirs(run)
             return run
         except FileExistsError:
             number += 1
@@ -537,7 +538,7 @@ def warn(message):
 def main(argv=None):
     """Run the program; return the run's folder and the average of G, on the CPU."""
     if argv is not None:
-        argv = [str(word) for word in argv]  # numbers and paths are welcome
+        argv = [str(word) for word in argv]  # in a notebook: numbers, paths
     args = parse_args(argv)
     run = None
     checkpoint = None
@@ -549,7 +550,7 @@ def main(argv=None):
             if args.epochs < done:
                 sys.exit(f"error: --epochs {args.epochs}: {done} are done already")
             if args.epochs == done:
-                warn(f"{done} epochs are done: --epochs {2 * done} goes on")
+                warn(f"{done} epochs are done: to go on, add --epochs {2 * done}")
         elif args.out_dir:
             run = Path(args.out_dir)
             if any(run.glob("[!.]*")):  # hidden files do not count
@@ -576,9 +577,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         if run and (run / "checkpoint.pt").exists():
             warn(f'stopped; go on with --resume "{run}"')
-        raise SystemExit(130) from None
+        raise SystemExit(130) from None  # 130: stopped by Ctrl-C
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # Windows: no name is an error
+    if hasattr(sys.stdout, "reconfigure"):  # Windows: a console may lack a letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()
