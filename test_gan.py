@@ -793,20 +793,30 @@ def test_command_line_shows_every_flag_with_its_default():
 def test_command_line_takes_the_first_device_that_works(
     name, broken, taken, monkeypatch, capsys
 ):
-    ones = torch.ones
-
-    def ones_on(n, device):
-        if device in broken:
-            raise RuntimeError("CUDA error: no kernel\nimage here. Search for it in")
-        return ones(n)
-
-    monkeypatch.setattr(torch, "ones", ones_on)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    pretend_devices(broken, monkeypatch)
     assert train_gan.choose_device(name) == taken
     reason = "cannot be used: RuntimeError: CUDA error: no kernel image here\n"
     expected = "".join(f"warning: {device} {reason}" for device in broken)
     assert capsys.readouterr().err == expected
+
+
+def test_command_line_takes_the_cpu_for_a_whole_run_where_cuda_cannot_work(monkeypatch):
+    pretend_devices(["cuda", "mps"], monkeypatch)
+    run(f"{PHOTOS} --epochs 1 --device auto")
+
+
+def pretend_devices(broken, monkeypatch):
+    """As if CUDA and MPS were there. Those that are `broken` fail as an old card does."""
+    ones = torch.ones
+
+    def ones_on(*sizes, device=None, **options):
+        if device in broken:
+            raise RuntimeError("CUDA error: no kernel\nimage here. Search for it in")
+        return ones(*sizes, **options)
+
+    monkeypatch.setattr(torch, "ones", ones_on)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
 
 
 def test_command_line_tries_no_device_that_is_not_there(monkeypatch, capsys):

@@ -508,6 +508,8 @@ def choose_device(name):
             return device
         except (AssertionError, ImportError, RuntimeError) as error:
             warn(f"{device} cannot be used: {reason(error)}")
+            if device == "cuda":
+                torch.cuda.is_available = lambda: False  # else Adam asks the card, too
 
 
 def new_folder():

@@ -71,20 +71,28 @@ def replay_turn(args, images, batches, D_steps, decay, players):
         return {name: torch.stack(values).detach() for name, values in log.items()}
 
     played = play_turn()  # makes Adam's moments, too
-    for optimizer in players[3:5]:
-        optimizer.param_groups[0]["capturable"] = True  # counts its steps on the card
     graph = torch.cuda.CUDAGraph()
     pool = None  # of memory, one for all recordings
     for other, *_ in known.values():
         pool = other.pool()
+    set_capturable(players[3:5], True)
     try:
         with torch.cuda.device(images.device), torch.cuda.graph(graph, pool):
             columns = play_turn()
     except RuntimeError as error:
         # After an error, the end of the recording is another one. Show the first.
         raise (error.__context__ or error) from None
+    finally:
+        set_capturable(players[3:5], False)
     known[kind] = graph, own_batches, own_decay, columns
     return played
+
+
+def set_capturable(optimizers, yes):
+    """Adam is recorded only if it is capturable. Where it is played, it would warn."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["capturable"] = yes
 
 
 def choose_card(name):
