@@ -458,7 +458,7 @@ def test_data_set_has_channels_and_test_images(monkeypatch):
 
 
 def test_data_set_does_not_hide_errors_of_your_own_code(monkeypatch):
-    """Here, load_data asks for `data`, which is not there: a typo, say."""
+    """Here, the data set has no `data`. It could be a typo."""
     monkeypatch.setitem(train_gan.DATASETS, "mnist", lambda *args, **kwargs: "typo")
     with raises(AttributeError):
         train_gan.load_data(train_gan.parse_args([]))

@@ -267,7 +267,7 @@ def save_gif(run):
         first = next(pages)
         first.save(gif, "GIF", save_all=True, append_images=pages, duration=150, loop=0)
         replace_file(run / "training.gif", gif.getvalue())
-    except OSError as error:  # a full disk, or half a picture
+    except (OSError, SyntaxError) as error:  # a full disk, or half a picture
         warn(f"training.gif: {error}")
 
 
@@ -327,18 +327,12 @@ def load_data(args):
         name = "mnist"
     if name in DATASETS:
         try:
-            train, test = download(DATASETS[name], args.data_dir)
-        except Exception as error:
-            message = f"no {name} in --data-dir {args.data_dir}: {reason(error)}"
-            raw = Path(args.data_dir, DATASETS[name].__name__, "raw")
-            if any(raw.glob("*")):
-                message += f" (if a file is damaged, delete {raw})"
+            return name, *download(name, args.data_dir)
+        except FileNotFoundError as error:
             if args.dataset != "auto":
-                raise SystemExit(f"error: {message}") from error
-            warn(f"training on --dataset drawn: {message}")
+                raise
+            warn(f"training on --dataset drawn: {error}")
             name = "drawn"
-        else:
-            return name, train.data.unsqueeze(1), test.data.unsqueeze(1)
     if name == "drawn":
         return name, *draw_digits()
     if not os.path.isdir(name):
@@ -346,16 +340,26 @@ def load_data(args):
     return name, load_folder(name, args.image_size), None
 
 
-def download(dataset, folder):
-    """The training and the test part of a torchvision data set, kept in the folder."""
+def download(name, folder):
+    """Training and test images of a torchvision data set, which is kept in the folder.
+
+    FileNotFoundError if they cannot be had.
+    """
+    data_set = DATASETS[name]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
     try:
-        train = dataset(folder, train=True, download=True)
-        test = dataset(folder, train=False, download=True)
-        return train, test
+        train = data_set(folder, train=True, download=True)
+        test = data_set(folder, train=False, download=True)
+    except Exception as error:
+        message = f"no {name} in --data-dir {folder}: {reason(error)}"
+        raw = Path(folder, data_set.__name__, "raw")
+        if any(raw.glob("*")):
+            message += f" (if a file is damaged, delete {raw})"
+        raise FileNotFoundError(message) from error
     finally:
         socket.setdefaulttimeout(timeout)
+    return train.data.unsqueeze(1), test.data.unsqueeze(1)
 
 
 def load_folder(folder, size):
