@@ -341,10 +341,7 @@ def load_data(args):
 
 
 def download(name, folder):
-    """Training and test images of a torchvision data set, which is kept in the folder.
-
-    FileNotFoundError if they cannot be had.
-    """
+    """Training and test images, kept in the folder. FileNotFoundError without them."""
     data_set = DATASETS[name]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: a dead network must not hang
@@ -407,7 +404,6 @@ def draw_digits():
     """Ten digits in Pillow's own font, warped at random: the same at every call."""
     print(f"drawing {sum(DRAWN):,} digits ...", flush=True)
     torch.manual_seed(0)
-    # Degrees, shift, scale, shear:
     warp = transforms.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 15, Image.BILINEAR)
     font = ImageFont.load_default(22)
     digits = []
@@ -560,8 +556,7 @@ def main(argv=None):
         elif args.out_dir:
             run = Path(args.out_dir)
             if any(run.glob("[!.]*")):  # hidden files do not count
-                message = "is not empty: name a new one, or --resume it"
-                sys.exit(f"error: --out-dir {run} {message}")
+                sys.exit(f"error: {run} is not empty: name a new one, or --resume it")
         device = choose_device(args.device)
         # A resumed run keeps to the data that `auto` found.
         args.dataset, images, test_images = load_data(args)
