@@ -113,7 +113,9 @@ def test_losses_by_hand():
     fake = torch.tensor(-0.4055)  # the logit of D(G(z)) = 0.4, log(0.4 / 0.6)
     loss_D = float(losses.discriminator_loss(real, fake))
     loss_G = float(losses.generator_loss(fake))
-    assert round(loss_D, 4) == 0.734, f"{loss_D} is not -log 0.8 - log(1 - 0.4)"
+    assert round(loss_D, 4) == 0.734, (
+        f"D's loss {loss_D} is not -log 0.8 - log(1 - 0.4)"
+    )
     assert round(loss_G, 4) == 0.9163, f"G's loss {loss_G} is not -log 0.4"
 
 
@@ -269,7 +271,9 @@ def test_step_by_step_equals_the_naive_loop(flags, channels):
     for part in ("D", "G", "G_ema"):
         state = getattr(ours, part).state_dict()
         naive = getattr(theirs, part).state_dict()
-        assert_close(state, naive, rtol=0.01, atol=1e-3, msg=f"{part} differs")
+        assert_close(
+            state, naive, rtol=0.01, atol=1e-3, msg=f"{part} is not the naive loop's"
+        )
     for column in expected:
         message = f"{column} of the log is not the mean of the naive loop"
         assert means[column] == approx(expected[column], rel=1e-3), message
@@ -314,7 +318,7 @@ def test_step_of_G_learns_through_the_updated_D():
         nn.init.zeros_(weight)
     game.opt_D.step = lambda: nn.init.constant_(weights[-1], math.log(3))
     means = play(game)
-    assert means["D_x"] == approx(0.5), "D_x is not the sigmoid of D's logit"
+    assert means["D_x"] == approx(0.5), "the logged D_x is not the sigmoid of D's logit"
     assert means["acc_D"] == 0, "a logit of 0 is neither real nor fake"
     assert means["D_G_z1"] == approx(0.5), "D_G_z1 is not from before D's update"
     assert means["D_G_z2"] == approx(0.75), "G was shown to the D before its update"
@@ -324,7 +328,7 @@ def test_step_logs_the_loss_of_D_without_r1():
     """Each epoch is one step here. The penalty is in the fourth."""
     plain = make_game("--batch-size 64 --r1 0")
     steep = make_game("--batch-size 64 --r1 100")
-    message = "the logged loss_D holds the penalty"
+    message = "the logged loss_D includes the R1 penalty"
     assert play(plain)["loss_D"] == play(steep)["loss_D"], message
 
 
@@ -476,7 +480,7 @@ def test_data_set_that_cannot_be_had_says_why_and_what_is_missing():
     assert f"if a file is damaged, delete {raw}" in run("--dataset mnist", 1)
 
 
-def test_data_set_without_a_network_is_drawn_and_a_resumed_run_keeps_it():
+def test_data_set_without_internet_is_drawn_and_a_resumed_run_keeps_it():
     text = run(f"{SMALL} --epochs 1")
     assert text.startswith("warning: training on --dataset drawn: no mnist in --data-")
     assert "drawing 226 digits ..." in text
@@ -528,7 +532,7 @@ def test_run_draws_real_images_and_the_average_of_G_in_eval_mode():
         save_image(images, "expected.png")
         expected = pil_to_tensor(Image.open("expected.png")).int()
         ours = pil_to_tensor(Image.open(RUN / name)).int()
-        message = f"{name} shows other images, or G in another mode"
+        message = f"{name} shows other images, or G in training mode"
         assert_close(ours, expected, rtol=0, atol=2, msg=message)  # GPUs round
 
 
@@ -569,7 +573,7 @@ def test_run_learns():
     run(f"{flags} --epochs 20")
     before = info_of("runs/001")["log_likelihood"]
     after = info_of("runs/002")["log_likelihood"]
-    assert after > before + 100, "20 epochs do not raise the score by 100 nats"
+    assert after > before + 100, f"the score goes from {before} to {after} nats only"
 
 
 GAME_FLAGS = [
@@ -659,7 +663,9 @@ def test_resume_ends_as_if_never_cut_off():
     run("--resume runs/002 --epochs 50")
     whole, resumed = load("runs/001"), load("runs/002")
     for name in ("D", "G", "G_ema", "opt_D", "opt_G"):
-        assert_close(whole[name], resumed[name], rtol=0, atol=0, msg=f"{name} differs")
+        assert_close(
+            whole[name], resumed[name], rtol=0, atol=0, msg=f"{name} is another"
+        )
     assert contents("runs/001")["training.gif"] == contents("runs/002")["training.gif"]
 
 
@@ -670,8 +676,8 @@ def test_resume_takes_new_flags_and_keeps_the_others():
     assert [info["k"], info["lr"], info["epochs"]] == [3, 0.5, 2]
     for optimizer in ("opt_G", "opt_D"):
         (group,) = load("my/run")[optimizer]["param_groups"]
-        assert group["lr"] == 0.5, f"{optimizer} has not the --lr of the resumed run"
-        assert group["betas"] == (0.3, 0.999), f"{optimizer} has not its --beta1"
+        assert group["lr"] == 0.5, f"{optimizer} has the old learning rate"
+        assert group["betas"] == (0.3, 0.999), f"{optimizer} has the old --beta1"
 
 
 WRONG_RESUMES = {
@@ -718,7 +724,7 @@ def test_resume_after_ctrl_c():
     assert os.path.exists(RUN / "training.gif")
 
 
-def test_resume_after_a_checkpoint_did_not_fit_on_the_disk_has_the_last_whole_one():
+def test_resume_after_a_full_disk_has_the_last_whole_checkpoint():
     resource = importorskip("resource", reason="Windows cannot limit a file's size")
     run(f"{PHOTOS} --epochs 1")
     before = contents(RUN)["checkpoint.pt"]
@@ -728,7 +734,7 @@ def test_resume_after_a_checkpoint_did_not_fit_on_the_disk_has_the_last_whole_on
         run("--resume runs/001 --epochs 2", 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(table_of(RUN)) == 2, "the table is small enough: it should be written"
-    message = "a part of the new checkpoint is in the place of the last whole one"
+    message = "checkpoint.pt is broken: write another file, then replace it"
     assert contents(RUN)["checkpoint.pt"] == before, message
 
 
