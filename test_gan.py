@@ -113,9 +113,7 @@ def test_losses_by_hand():
     fake = torch.tensor(-0.4055)  # the logit of D(G(z)) = 0.4, log(0.4 / 0.6)
     loss_D = float(losses.discriminator_loss(real, fake))
     loss_G = float(losses.generator_loss(fake))
-    assert round(loss_D, 4) == 0.734, (
-        f"D's loss {loss_D} is not -log 0.8 - log(1 - 0.4)"
-    )
+    assert round(loss_D, 4) == 0.734, f"D's {loss_D} is not -log 0.8 - log(1 - 0.4)"
     assert round(loss_G, 4) == 0.9163, f"G's loss {loss_G} is not -log 0.4"
 
 
@@ -164,7 +162,7 @@ def test_losses_r1_is_half_the_squared_slope_of_a_linear_D():
 
 def test_losses_lead_D_to_p_over_p_plus_q():
     """The README's theory, run (Goodfellow et al. 2014, proposition 1)."""
-    names = {}
+    names = {}  # all variables of the snippet
     exec(THEORY, names)  # noqa: S102
     D_x = names["D"](names["x"]).sigmoid()[:2]  # at 0 and 0.5; at 3 lies no data
     best = names["p_x"] / (names["p_x"] + names["q_x"])
@@ -271,9 +269,8 @@ def test_step_by_step_equals_the_naive_loop(flags, channels):
     for part in ("D", "G", "G_ema"):
         state = getattr(ours, part).state_dict()
         naive = getattr(theirs, part).state_dict()
-        assert_close(
-            state, naive, rtol=0.01, atol=1e-3, msg=f"{part} is not the naive loop's"
-        )
+        message = f"{part} is not that of the naive loop"
+        assert_close(state, naive, rtol=0.01, atol=1e-3, msg=message)
     for column in expected:
         message = f"{column} of the log is not the mean of the naive loop"
         assert means[column] == approx(expected[column], rel=1e-3), message
@@ -645,7 +642,7 @@ def test_run_that_diverges_names_the_epoch_and_writes_the_table():
     assert not Path(RUN, "checkpoint.pt").exists(), "a broken run would be resumed"
 
 
-def test_run_of_the_script_prints_names_that_the_console_lacks():
+def test_names_the_script_prints_names_that_the_console_lacks():
     os.rename("photos", "\u0444")
     command = [sys.executable, train_gan.__file__, "--dataset", "\u0444", "--epochs=1"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -663,9 +660,8 @@ def test_resume_ends_as_if_never_cut_off():
     run("--resume runs/002 --epochs 50")
     whole, resumed = load("runs/001"), load("runs/002")
     for name in ("D", "G", "G_ema", "opt_D", "opt_G"):
-        assert_close(
-            whole[name], resumed[name], rtol=0, atol=0, msg=f"{name} is another"
-        )
+        message = f"{name} differs from that of the whole run"
+        assert_close(resumed[name], whole[name], rtol=0, atol=0, msg=message)
     assert contents("runs/001")["training.gif"] == contents("runs/002")["training.gif"]
 
 
