@@ -157,7 +157,9 @@ def test_losses_r1_is_half_the_squared_slope_of_a_linear_D():
     penalty = losses.r1_penalty(lambda x: x @ slope, torch.rand(3, 6))
     assert_close(penalty, slope.square().sum() / 2)
     penalty.backward()
-    assert_close(slope.grad, slope.detach(), msg="D cannot learn from the penalty")
+    assert_close(
+        slope.grad, slope.detach(), msg="D cannot learn from it: create_graph?"
+    )
 
 
 def test_losses_lead_D_to_p_over_p_plus_q():
@@ -298,7 +300,7 @@ def test_step_clears_the_gradients_of_the_last_step():
 
 
 @mark.parametrize("one, other", ["DG", "GD"])
-def test_step_of_one_network_leaves_the_other(one, other):
+def test_step_of_one_network_does_not_move_the_other(one, other):
     game = make_game()
     getattr(game, f"opt_{other}").step = Mock()
     before = copy.deepcopy(list(getattr(game, other).parameters()))
@@ -318,7 +320,7 @@ def test_step_of_G_learns_through_the_updated_D():
     assert means["D_x"] == approx(0.5), "the logged D_x is not the sigmoid of D's logit"
     assert means["acc_D"] == 0, "a logit of 0 is neither real nor fake"
     assert means["D_G_z1"] == approx(0.5), "D_G_z1 is not from before D's update"
-    assert means["D_G_z2"] == approx(0.75), "G was shown to the D before its update"
+    assert means["D_G_z2"] == approx(0.75), "D_G_z2 is not from after D's update"
 
 
 def test_step_logs_the_loss_of_D_without_r1():
