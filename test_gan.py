@@ -547,6 +547,7 @@ def test_run_writes_its_history_into_the_table_and_prints_some_rows():
     assert header == list(table[0]), "the printed names are not the table's columns"
     assert [row[0] for row in rows] == ["25", "30"]
     assert float(rows[-1][1]) == approx(history[-1]["loss_D"], abs=0.001)
+    assert 0 < history[-1]["seconds"] < 60
 
 
 def test_run_says_in_json_what_it_was():
