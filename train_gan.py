@@ -130,7 +130,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 
 
 def batches_per_epoch(args, images):
-    """100 images, --batch-size 30: 3 batches of 34, 33 and 33, and no last one of 10."""
+    """100 images, --batch-size 30: 3 batches of 34, 33 and 33, no last one of 10."""
     return max(1, len(images) // args.batch_size)
 
 
@@ -285,8 +285,8 @@ def score(G, z_dim, images, test_images):
 def parzen(samples, images, test_images):
     """Log-likelihood of the test images (Goodfellow et al. 2014, section 5).
 
-    G has no density, so a Gaussian is put on each sample, a Parzen window, with standard
-    deviation sigma, the best of ten for 1,000 validation images. The paper kept those
+    G has no density, so a Gaussian is put on each sample: a Parzen window. Its standard
+    deviation sigma is the best of ten for 1,000 validation images. The paper kept those
     out of training (50,000 images); here they are part of it (60,000), and G has seen
     them. Samples (N, C, H, W) in [0, 1], images uint8 -> the mean over the test images
     and its standard error, in nats (natural logarithms).
