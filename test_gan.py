@@ -324,8 +324,7 @@ def test_step_logs_the_loss_of_D_without_r1():
     """Each epoch is one step here. The penalty is in the fourth."""
     plain = make_game("--batch-size 64 --r1 0")
     steep = make_game("--batch-size 64 --r1 100")
-    message = "the logged loss_D includes the R1 penalty"
-    assert play(plain)["loss_D"] == play(steep)["loss_D"], message
+    assert play(plain)["loss_D"] == play(steep)["loss_D"], "loss_D includes R1"
 
 
 # --- evaluation -----------------------------------------------------------------------
@@ -357,11 +356,13 @@ def test_evaluation_is_a_mixture_of_gaussians_around_the_samples():
     assert torch.get_float32_matmul_precision() == "highest", "products are rounded"
 
 
-def test_evaluation_scales_the_samples_to_the_images():
+def test_evaluation_scales_10_000_samples_to_the_images():
     """Each of two pixels is 0.2 in G's range, 153 of 255: the best sigma is 0.1."""
     images = torch.full((9001, 2), 153)
-    mean, _ = train_gan.score(lambda z: 0 * z[:, :2] + 0.2, 3, images, images[:5])
+    G = Mock(side_effect=lambda z: 0 * z[:, :2] + 0.2)
+    mean, _ = train_gan.score(G, 3, images, images[:5])
     assert mean == approx(-math.log(2 * math.pi * 0.1**2), rel=1e-3)
+    assert G.call_args.args[0].shape == (10_000, 3)
 
 
 # --- data -----------------------------------------------------------------------------
@@ -450,8 +451,7 @@ def test_data_set_has_channels_and_test_images(monkeypatch):
         return SimpleNamespace(data=data, targets=None)
 
     monkeypatch.setitem(train_gan.DATASETS, "mnist", mnist)
-    name, images, test_images = train_gan.load_data(train_gan.parse_args([]))[:3]
-    assert name == "mnist"
+    _, images, test_images = train_gan.load_data(train_gan.parse_args([]))[:3]
     assert images.shape == (9, 1, 28, 28)
     assert test_images.shape == (5, 1, 28, 28)
     assert socket.getdefaulttimeout() is None, "a notebook's own waits are cut, too"
