@@ -307,16 +307,17 @@ def test_step_of_one_network_does_not_move_the_other(one, other):
 
 
 def test_step_of_G_learns_through_the_updated_D():
-    """D is 1/2 everywhere, with all weights 0; its update sets the last to log 3."""
+    """D(x) is 0.6 for all images, by its last bias alone. Its update makes it 0.75."""
     game = make_game("--r1 0 --batch-size 64")
     weights = list(game.D.parameters())
     for weight in weights:
         nn.init.zeros_(weight)
+    nn.init.constant_(weights[-1], math.log(0.6 / 0.4))
     game.opt_D.step = lambda: nn.init.constant_(weights[-1], math.log(3))
     means = play(game)
-    assert means["D_x"] == approx(0.5), "the logged D_x is not the sigmoid of D's logit"
-    assert means["acc_D"] == 0, "a logit of 0 is neither real nor fake"
-    assert means["D_G_z1"] == approx(0.5), "D_G_z1 is not from before D's update"
+    assert means["D_x"] == approx(0.6), "the logged D_x is not the sigmoid of D's logit"
+    assert means["acc_D"] == 0.5, "acc_D is not 0.5, though D says real of all images"
+    assert means["D_G_z1"] == approx(0.6), "D_G_z1 is not from before D's update"
     assert means["D_G_z2"] == approx(0.75), "D_G_z2 is not from after D's update"
 
 
