@@ -640,7 +640,7 @@ def test_run_that_diverges_names_the_epoch_and_writes_the_table():
     assert not Path(RUN, "checkpoint.pt").exists(), "a broken run would be resumed"
 
 
-def test_names_the_script_prints_names_that_the_console_lacks():
+def test_run_of_the_script_prints_names_that_the_console_lacks():
     os.rename("photos", "\u0444")
     command = [sys.executable, train_gan.__file__, "--dataset", "\u0444", "--epochs=1"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
