@@ -352,9 +352,7 @@ def test_evaluation_is_a_mixture_of_gaussians_around_the_samples():
     assert_close(ours, scores, msg="log_density is not that of the mixture")
     torch.set_float32_matmul_precision("medium")  # as the training leaves it
     mean, error = train_gan.parzen(samples, images, test)
-    assert mean == approx(float(scores.mean()), abs=1e-4), (
-        "sigma is not the best of ten"
-    )
+    assert mean == approx(float(scores.mean()), abs=1e-4), "sigma is not the best"
     assert error == approx(float(scores.std()) / math.sqrt(30), rel=1e-4)
     assert torch.get_float32_matmul_precision() == "highest", "products are rounded"
 
