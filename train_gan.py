@@ -167,9 +167,9 @@ def train(args, images, run, checkpoint=None):
     if checkpoint:
         load_states(stateful, checkpoint)
         history = checkpoint["history"]
-    # run.json: the flags that made the weights, and what the program found out.
     found = {"device": str(device), "images": list(images.shape)}
-    info = vars(args) | found | {"torch": str(torch.__version__)}
+    info = vars(args) | found | {"torch": str(torch.__version__)}  # for run.json
+    rest = {"args": vars(args), "info": info, "G_args": G_args, "history": history}
     first_epoch = len(history) + 1
     if first_epoch <= args.epochs:
         save_image(images[:64] / 255, run / "real.png")
@@ -181,16 +181,15 @@ def train(args, images, run, checkpoint=None):
         row = dict.fromkeys(last_row, math.nan)  # all old columns, in their order
         row |= {"epoch": epoch, **means, "seconds": time.perf_counter() - start}
         history.append(row)
-        save_info(run, info)
+        save_info(run, info)  # its flags are those that made the weights
         save_table(run, history)
         samples = G_ema(fixed_z) / 2 + 0.5  # [-1, 1] -> [0, 1]
         if samples.isnan().any():
             sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
         save_image(samples, run / f"epoch_{epoch:05}.png")
-        rest = {"args": vars(args), "info": info, "G_args": G_args, "history": history}
         save_checkpoint(run, stateful, rest)
-        header = epoch == first_epoch or len(row) > len(last_row)
-        print_row(row, args.epochs, header)
+        new_columns = epoch == first_epoch or len(row) > len(last_row)
+        print_row(row, args.epochs, header=new_columns)
     return G_ema.cpu()
 
 
@@ -455,7 +454,9 @@ def parse_args(argv=None, **defaults):
     add_net("--z-dim", type=positive, default=64, help="length of the noise vector z")
     add_net("--g-hidden", **widths, default=[256, 512], help="widths of G's layers")
     add_net("--d-hidden", **widths, default=[512, 256], help="widths of D's layers")
-    add_net("--batch-norm", action=on_off, default=True, help="in G: varied images")
+    add_net(
+        "--batch-norm", action=on_off, default=True, help="in G: more varied images"
+    )
     add_net("--dropout", type=fraction, default=0.0, help="dropout rate in G and in D")
     add_net("--g-leak", type=from_0, default=0.0, help="negative slope in G; 0: ReLU")
     add_net("--d-leak", type=from_0, default=0.2, help="negative slope in D; 0: ReLU")
@@ -468,9 +469,11 @@ def parse_args(argv=None, **defaults):
     add_rule("--label-noise", type=fraction, default=0.0, help="labels vary by +- this")
     add_rule("--r1", type=from_0, default=1.0, help="weight of the R1 penalty; 0: off")
 
-    epoch = "an epoch shows all images once, and more than once up to 10,000"
+    epoch = "an epoch shows every image once, or 10,000 images if there are fewer"
     add_opt = parser.add_argument_group("the optimisation", epoch).add_argument
-    add_opt("--epochs", type=positive, default=40, help="with those before --resume")
+    add_opt(
+        "--epochs", type=positive, default=40, help="total, with those before --resume"
+    )
     add_opt("--batch-size", type=in_range(int, 2), default=128, help="images a step")
     add_opt("--lr", type=from_0, default=1e-3, help="Adam's learning rate, in G and D")
     add_opt("--beta1", type=fraction, default=0.0, help="Adam's momentum; 0: none")
