@@ -143,8 +143,7 @@ def train(args, images, run, checkpoint=None):
     # Matrix products may round their inputs (to TF32 or bfloat16): fast, good enough.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed)
-    # The noise of all pictures. The CPU draws it: it is the same on every device.
-    fixed_z = torch.randn(64, args.z_dim).to(device)
+    fixed_z = torch.randn(64, args.z_dim).to(device)  # the CPU's: alike on all devices
 
     G_args = {  # saved as well: load_generator() makes G from them
         "z_dim": args.z_dim,
@@ -471,9 +470,7 @@ def parse_args(argv=None, **defaults):
 
     epoch = "an epoch shows every image once, or 10,000 images if there are fewer"
     add_opt = parser.add_argument_group("the optimisation", epoch).add_argument
-    add_opt(
-        "--epochs", type=positive, default=40, help="total, with those before --resume"
-    )
+    add_opt("--epochs", type=positive, default=40, help="in all, with --resume as well")
     add_opt("--batch-size", type=in_range(int, 2), default=128, help="images a step")
     add_opt("--lr", type=from_0, default=1e-3, help="Adam's learning rate, in G and D")
     add_opt("--beta1", type=fraction, default=0.0, help="Adam's momentum; 0: none")
