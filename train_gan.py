@@ -143,7 +143,7 @@ def train(args, images, run, checkpoint=None):
     # Matrix products may round their inputs (to TF32 or bfloat16): fast, good enough.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed)
-    fixed_z = torch.randn(64, args.z_dim).to(device)  # the CPU's: alike on all devices
+    fixed_z = torch.randn(64, args.z_dim).to(device)  # for all pictures, on all devices
 
     G_args = {  # saved as well: load_generator() makes G from them
         "z_dim": args.z_dim,
