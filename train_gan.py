@@ -11,14 +11,14 @@ G learns to make images that D takes for real.
 python train_gan.py                           # MNIST, 40 epochs, the best device
 python train_gan.py --resume runs/001         # continue a run that was stopped
 
-40 epochs of MNIST take 3 to 5 minutes on two CPU cores. The score, a log-likelihood,
-is 237.5 nats (mean of ten seeds). The paper's networks have 225, real images have 241.
+40 epochs of MNIST take 3 to 5 minutes on two CPU cores. The score is a log-likelihood,
+higher is better: 237.5 nats (mean of ten seeds). The paper has 225, real images 241.
 
-Four defaults are newer than the paper. The flag in brackets undoes each of them:
+Adam is newer than the paper. So are four defaults; the flag in brackets undoes each:
 - BatchNorm in G keeps G's images varied (--no-batch-norm).
 - Adam has no momentum, because old gradients belong to an older D (--beta1 0.9).
 - The R1 penalty makes D less steep, so G does not jump from side to side (--r1 0).
-- Pictures and score use an average of G: its own weights move in circles (--ema 0).
+- Pictures and score use an average of G: G's weights move in circles (--ema 0).
 
 Read the section "The game" first: train_epoch, then train. The rest can wait.
 """
@@ -35,6 +35,7 @@ import socket
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,10 +47,9 @@ from torchvision.utils import save_image
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-# R1 is expensive. Only every 4th step of D has it, with 4 times its weight: the lazy
-# regularisation of StyleGAN2 (Karras et al. 2020, section 3.1).
+# R1 is expensive: only every 4th step of D has it, 4 times as heavy (StyleGAN2, 3.1).
 R1_EVERY = 4
-EPOCH_IMAGES = 10_000  # a smaller data set is shown again until an epoch has so many
+EPOCH_IMAGES = 10_000  # a smaller data set is shown again until an epoch has this many
 DRAWN = [30_000, 5_000]  # numbers of drawn digits: training images, test images
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
 NAMES = ["auto", *DATASETS, "drawn"]  # what --dataset accepts, besides a folder
@@ -67,51 +67,53 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
     # keeps seeds apart: epoch 2 of seed 0 must not repeat epoch 1 of seed 1.
     torch.manual_seed(args.seed * 1_000_003 + epoch)
     batches = shuffled_batches(args, images)
-    first_step = (epoch - 1) * len(batches) + 1  # steps count on from epoch to epoch
-    log = defaultdict(list)  # of tensors: .item() in each step would wait for the GPU
+    first_step = (epoch - 1) * len(batches) + 1  # k and R1_EVERY count across epochs
+    log = defaultdict(list)  # tensors: .item() in each step would wait for the GPU
     for step, batch in enumerate(batches, first_step):
-        # (1) Update D: maximise log D(x) + log(1 - D(G(z))).
+        # (1) Update D: maximise log D(x) + log(1 - D(G(z))). loss_D is minus this.
         # In formulas, D(x) is a probability. In code, D(x) is its logit.
         x = images[batch] / 127.5 - 1  # 0 .. 255 -> [-1, 1], the range of G's tanh
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
         # D has no BatchNorm, so real and fake images can go through it together.
-        # detach(): D's step ends at the fakes. Otherwise backward() would continue into
-        # G, and free the graph that G's own step needs.
+        # detach(): no gradients for G here. Otherwise backward() would also delete the
+        # graph that G's own step needs.
         real_logits, fake_logits = D(torch.cat([x, fake.detach()])).chunk(2)
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
         )
-        log["loss_D"].append(loss_D.detach())  # without R1; log 4 if D can only guess
+        # A logged value must not keep its graph in memory: detach().
+        log["loss_D"].append(
+            loss_D.detach()
+        )  # R1 not included; log 4 if D only guesses
         if args.r1 and step % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # otherwise backward() would add to the old gradients
         loss_D.backward()
         opt_D.step()
 
-        # detach(): a logged value must not keep its graph in memory.
         log["D_x"].append(real_logits.detach().sigmoid().mean())
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())
-        correct = torch.cat([real_logits > 0, fake_logits < 0])  # logit 0: D(x) = 1/2
+        correct = torch.cat([real_logits > 0, fake_logits < 0])  # logit > 0: D(x) > 1/2
         log["acc_D"].append(correct.float().mean())
 
         if step % args.k == 0:  # after k steps of D, one step of G
-            # (2) Update G: maximise log D(G(z)); minimax: minimise log(1 - D(G(z))).
-            # Algorithm 1 draws new noise. We keep the last fakes: G has not changed.
+            # (2) Update G: maximise log D(G(z)). Minimax: minimise log(1 - D(G(z))).
+            # Algorithm 1 draws new noise. These fakes will do: G has not changed.
             fake_logits = D(fake)  # the updated D; no detach(): G learns through D
             if args.loss == "minimax":
                 loss_G = losses.minimax_generator_loss(fake_logits)
             else:
                 loss_G = losses.generator_loss(fake_logits)
             opt_G.zero_grad()
-            # `inputs` saves time: no gradients for D, which does not learn here.
+            # `inputs` only saves time: D's gradients are not needed here.
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()
             log["loss_G"].append(loss_G.detach())
             log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())
 
             # (3) Update the average: decay * average + (1 - decay) * G. The decay grows
-            # from 2 / 11 to --ema, so that the first, bad weights are soon forgotten.
+            # from 2 / 11 (to 0.9995 in 40 epochs of MNIST): the bad first weights fade.
             G_steps = step // args.k
             decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
             update_average(G_ema, G, decay)
@@ -121,8 +123,8 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 def shuffled_batches(args, images):
     """All images in random order: one tensor of indices for each batch.
 
-    A small data set is shuffled and shown again, until the epoch has EPOCH_IMAGES, and
-    enough for one step of G. There is no DataLoader: the images are on the device.
+    A small data set is shuffled and shown again, until there are EPOCH_IMAGES, and k
+    batches at least. There is no DataLoader: the images are already on the device.
     """
     n = len(images)
     n_wanted = max(n, EPOCH_IMAGES, args.k * args.batch_size)
@@ -136,14 +138,14 @@ def shuffled_batches(args, images):
 def train(args, images, run, checkpoint=None):
     """Train on uint8 images (N, C, H, W), on their device. Save into the folder `run`.
 
-    Continues from a checkpoint, if any. Returns G_ema, in eval mode, on the CPU.
+    Continues from `checkpoint`, if given. Returns G_ema, in eval mode, on the CPU.
     """
     device = images.device
     image_shape = list(images.shape[1:])
     # Matrix products may round their inputs (to TF32 or bfloat16): fast, good enough.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed)
-    fixed_z = torch.randn(64, args.z_dim).to(device)  # for all pictures, on all devices
+    fixed_z = torch.randn(64, args.z_dim).to(device)  # the same for all pictures
 
     G_args = {  # saved as well: load_generator() makes G from them
         "z_dim": args.z_dim,
@@ -155,7 +157,7 @@ def train(args, images, run, checkpoint=None):
     }
     G = Generator(**G_args).to(device)
     D = Discriminator(args.d_hidden, image_shape, args.dropout, args.d_leak).to(device)
-    # The average of G. In eval mode, an image does not depend on its batch.
+    # The average of G. In eval mode, BatchNorm does not use the batch.
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     # Each optimiser moves the weights of its own network only. fused=True is faster.
     betas = (args.beta1, 0.999)
@@ -168,7 +170,7 @@ def train(args, images, run, checkpoint=None):
         history = checkpoint["history"]
     found = {"device": str(device), "images": list(images.shape)}
     info = vars(args) | found | {"torch": str(torch.__version__)}  # for run.json
-    rest = {"args": vars(args), "info": info, "G_args": G_args, "history": history}
+    plain = {"args": vars(args), "info": info, "G_args": G_args, "history": history}
     first_epoch = len(history) + 1
     if first_epoch <= args.epochs:
         save_image(images[:64] / 255, run / "real.png")
@@ -176,19 +178,18 @@ def train(args, images, run, checkpoint=None):
     for epoch in range(first_epoch, args.epochs + 1):
         start = time.perf_counter()
         means = train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D)
-        last_row = history[-1] if history else {}
-        row = dict.fromkeys(last_row, math.nan)  # all old columns, in their order
+        last = history[-1] if history else {}
+        row = dict.fromkeys(last, math.nan)  # a column without a value is nan
         row |= {"epoch": epoch, **means, "seconds": time.perf_counter() - start}
         history.append(row)
-        save_info(run, info)  # its flags are those that made the weights
-        save_table(run, history)
+        save_table(run, history)  # if it diverges, the last rows show how
         samples = G_ema(fixed_z) / 2 + 0.5  # [-1, 1] -> [0, 1]
         if samples.isnan().any():
             sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
         save_image(samples, run / f"epoch_{epoch:05}.png")
-        save_checkpoint(run, stateful, rest)
-        new_columns = epoch == first_epoch or len(row) > len(last_row)
-        print_row(row, args.epochs, header=new_columns)
+        save_info(run, info)  # its flags are those that made the weights
+        save_checkpoint(run, stateful, plain)
+        print_row(row, args.epochs, header=epoch == first_epoch or len(row) > len(last))
     return G_ema.cpu()
 
 
@@ -216,11 +217,9 @@ def new_folder():
     """Make runs/001, or the next free number. Two runs never get the same folder."""
     for number in itertools.count(1):
         run = Path(f"runs/{number:03}")
-        try:
+        with suppress(FileExistsError):
             os.makedirs(run)
             return run
-        except FileExistsError:
-            continue
 
 
 def save_info(run, info):
@@ -229,7 +228,7 @@ def save_info(run, info):
 
 
 def save_table(run, rows):
-    """losses.csv, with the last row's columns. A new column is empty in older rows."""
+    """losses.csv. A new column is empty in older rows."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[-1])
     writer.writeheader()
@@ -237,11 +236,11 @@ def save_table(run, rows):
     replace_file(run / "losses.csv", table.getvalue().encode())
 
 
-def save_checkpoint(run, stateful, rest):
-    """checkpoint.pt: all that --resume needs. If a run is killed, the old one stays."""
+def save_checkpoint(run, stateful, plain):
+    """checkpoint.pt: all that --resume needs. After a kill, the old file is there."""
     states = {name: part.state_dict() for name, part in stateful.items()}
     data = io.BytesIO()  # torch.save to a file raises no OSError when the disk is full
-    torch.save(states | rest, data)
+    torch.save(states | plain, data)
     replace_file(run / "checkpoint.pt", data.getvalue())
 
 
@@ -251,7 +250,7 @@ def load_states(stateful, checkpoint):
         for name, part in stateful.items():
             state = checkpoint[name]
             if isinstance(part, torch.optim.Optimizer):
-                # The flags of today (--lr, --beta1) replace the saved settings.
+                # The flags given now (--lr, --beta1) replace the saved settings.
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
     except Exception as error:
@@ -275,7 +274,7 @@ def save_gif(run):
     if not paths:
         return
     print("writing training.gif ...", flush=True)  # a minute, if pictures are large
-    pages = (Image.open(path).convert("RGB") for path in paths)  # one at a time
+    pages = (Image.open(path).convert("RGB") for path in paths)  # opened one at a time
     gif = io.BytesIO()
     try:
         first = next(pages)
@@ -359,8 +358,8 @@ def download(name, folder):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: do not wait for a dead network
     try:
-        train = DATASETS[name](folder, train=True, download=True)
-        test = DATASETS[name](folder, train=False, download=True)
+        train_set = DATASETS[name](folder, train=True, download=True)
+        test_set = DATASETS[name](folder, train=False, download=True)
     except Exception as error:
         message = f"no {name} in --data-dir {folder}: {one_line(error)}"
         raw = Path(folder, DATASETS[name].__name__, "raw")
@@ -368,14 +367,14 @@ def download(name, folder):
         raise FileNotFoundError(message) from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return train.data.unsqueeze(1), test.data.unsqueeze(1)
+    return train_set.data.unsqueeze(1), test_set.data.unsqueeze(1)
 
 
 def load_folder(folder, size):
-    """All images in a folder and its subfolders; one channel if all images are grey."""
+    """All images in a folder and subfolders (no links); one channel if all are grey."""
     print(f"reading {folder} ...", flush=True)
     paths = []
-    locked = []  # errors of folders that must not be read
+    locked = []  # errors of folders that cannot be read
     for parent, folders, names in os.walk(folder, onerror=locked.append):
         folders[:] = [name for name in folders if name[0] != "."]  # skip hidden folders
         paths += [os.path.join(parent, name) for name in names if name[0] != "."]
@@ -402,7 +401,7 @@ def load_image(path, size):
     """uint8 (3, size, size): upright, cropped to a square, transparent parts white."""
     with Image.open(path) as file:
         file.draft(None, (2 * size, 2 * size))  # a large JPEG: read fewer pixels
-        if file.mode[0] in "IF":  # Pillow's modes I;16, I and F: it would clip them
+        if file.mode[0] in "IF":  # modes I;16, I and F: convert() would clip them
             raise ValueError("grey with more than 8 bits: convert it to 8")
         if file.format == "TIFF" and file.n_frames > 1:
             raise ValueError("several images in one file: save each as a file")
@@ -430,14 +429,12 @@ def draw_digits():
 def parse_args(argv=None, **defaults):
     """The flags. A resumed run passes its own flags as `defaults`."""
     parser = argparse.ArgumentParser(
-        description="Train a generative adversarial network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         usage=argparse.SUPPRESS,  # otherwise an error would print all flags first
     )
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--out-dir", help="new folder for the run; None: runs/001, ...")
     either.add_argument("--resume", help="continue the run in this folder")
-
     positive = in_range(int, 1)  # 1, 2, 3, ...
     from_0 = in_range(float, 0)  # 0 or more
     fraction = in_range(float, 0, 1)  # 0 or more, but below 1
@@ -453,31 +450,28 @@ def parse_args(argv=None, **defaults):
     add_net("--z-dim", type=positive, default=64, help="length of the noise vector z")
     add_net("--g-hidden", **widths, default=[256, 512], help="widths of G's layers")
     add_net("--d-hidden", **widths, default=[512, 256], help="widths of D's layers")
-    add_net(
-        "--batch-norm", action=on_off, default=True, help="in G: more varied images"
-    )
+    add_net("--batch-norm", action=on_off, default=True, help="in G: varied images")
     add_net("--dropout", type=fraction, default=0.0, help="dropout rate in G and in D")
     add_net("--g-leak", type=from_0, default=0.0, help="negative slope in G; 0: ReLU")
     add_net("--d-leak", type=from_0, default=0.2, help="negative slope in D; 0: ReLU")
 
-    add_rule = parser.add_argument_group("the game").add_argument
+    add_game = parser.add_argument_group("the game").add_argument
     kinds = ["non-saturating", "minimax"]
-    add_rule("--loss", choices=kinds, default=kinds[0], help="the loss of G")
-    add_rule("--k", type=positive, default=1, help="steps of D for each step of G")
-    add_rule("--real-label", type=from_0, default=1.0, help="D's goal for real images")
-    add_rule("--label-noise", type=fraction, default=0.0, help="labels vary by +- this")
-    add_rule("--r1", type=from_0, default=1.0, help="weight of the R1 penalty; 0: off")
+    add_game("--loss", choices=kinds, default=kinds[0], help="the loss of G")
+    add_game("--k", type=positive, default=1, help="steps of D for each step of G")
+    add_game("--real-label", type=from_0, default=1.0, help="D's label of real images")
+    add_game("--label-noise", type=fraction, default=0.0, help="labels vary by +- this")
+    add_game("--r1", type=from_0, default=1.0, help="gamma of the R1 penalty; 0: off")
 
-    epoch = "an epoch shows every image once, or 10,000 images if there are fewer"
-    add_opt = parser.add_argument_group("the optimisation", epoch).add_argument
-    add_opt("--epochs", type=positive, default=40, help="in all, with --resume as well")
-    add_opt("--batch-size", type=in_range(int, 2), default=128, help="images a step")
+    about = "an epoch shows every image once, or 10,000 images if there are fewer"
+    add_opt = parser.add_argument_group("the optimisation", about).add_argument
+    add_opt("--epochs", type=positive, default=40, help="total, resumed ones included")
+    add_opt("--batch-size", type=in_range(int, 2), default=128, help="images per step")
     add_opt("--lr", type=from_0, default=1e-3, help="Adam's learning rate, in G and D")
     add_opt("--beta1", type=fraction, default=0.0, help="Adam's momentum; 0: none")
     add_opt("--ema", type=fraction, default=0.9999, help="decay of G's average; 0: off")
-    add_opt("--seed", type=in_range(int, 0, 2**33), default=0, help="of random numbers")
+    add_opt("--seed", type=in_range(int, 0, 2**32), default=0, help="of all randomness")
     add_opt("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the best")
-
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
@@ -510,7 +504,10 @@ def choose_device(name):
         return name
     except (AssertionError, ImportError, RuntimeError) as error:
         warn(f"{name} cannot be used: {one_line(error)}; the CPU is taken")
-        torch.cuda.is_available = lambda: False  # otherwise Adam still asks the card
+        if name.startswith("cuda"):
+            torch.cuda.is_available = lambda: (
+                False
+            )  # otherwise Adam still asks the card
         return "cpu"
 
 
@@ -529,8 +526,8 @@ def main(argv=None):
             if args.epochs <= done:
                 warn(f"{done} epochs are done: to go on, add --epochs {2 * done}")
                 # Nothing is trained: these are still the flags that made the weights.
-                flags |= {"epochs": done, "device": args.device}
-                args = argparse.Namespace(**flags | {"data_dir": args.data_dir})
+                flags.update(epochs=done, device=args.device, data_dir=args.data_dir)
+                args = argparse.Namespace(**flags)
         elif args.out_dir is not None:
             run = Path(args.out_dir)
             if (run / "checkpoint.pt").exists():
@@ -548,10 +545,12 @@ def main(argv=None):
         finally:  # also after Ctrl-C
             save_gif(run)
         if test_images is not None:
-            mean, se = score(G, args.z_dim, images.cpu(), test_images)
-            print(f"log-likelihood of {args.dataset}: {mean:.1f} +- {se:.1f} nats")
+            mean, std_error = score(G, args.z_dim, images.cpu(), test_images)
+            print(
+                f"log-likelihood of {args.dataset}: {mean:.1f} +- {std_error:.1f} nats"
+            )
             info = load_checkpoint(run)["info"]
-            save_info(run, info | {"log_likelihood": mean, "standard_error": se})
+            save_info(run, info | {"log_likelihood": mean, "standard_error": std_error})
         return run, G
     except OSError as error:  # a full disk, or a folder without permission to write
         raise SystemExit(f"error: {error}") from error
