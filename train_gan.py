@@ -280,7 +280,7 @@ def save_gif(run):
         first = next(pages)
         first.save(gif, "GIF", save_all=True, append_images=pages, duration=150, loop=0)
         replace_file(run / "training.gif", gif.getvalue())
-    except (OSError, SyntaxError) as error:  # a full disk, or a damaged picture
+    except (OSError, SyntaxError, ValueError) as error:  # also of a bad picture
         warn(f"training.gif: {error}")
 
 
