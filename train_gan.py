@@ -83,9 +83,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
             real_logits, fake_logits, args.real_label, args.label_noise
         )
         # A logged value must not keep its graph in memory: detach().
-        log["loss_D"].append(
-            loss_D.detach()
-        )  # R1 not included; log 4 if D only guesses
+        log["loss_D"].append(loss_D.detach())  # without R1; log 4 if D can only guess
         if args.r1 and step % R1_EVERY == 0:
             loss_D = loss_D + args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # otherwise backward() would add to the old gradients
