@@ -273,7 +273,7 @@ def test_step_by_step_equals_the_naive_loop(flags, shape):
     naive_epoch(**vars(naive))
     for part in ("D", "G", "G_ema"):
         states = [getattr(game, part).state_dict() for game in (ours, naive)]
-        assert_close(*states, rtol=1e-3, atol=1e-4, msg=f"{part} is another one")
+        assert_close(*states, rtol=1e-3, atol=1e-4, msg=f"{part} differs")
 
 
 def test_step_of_D_ends_at_the_fakes():
