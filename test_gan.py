@@ -327,8 +327,8 @@ def test_step_of_G_learns_through_the_updated_D():
     game.opt_D.step = lambda: nn.init.constant_(weights[-1], math.log(3))
     means = play(game)
     assert means["D_x"] == approx(0.6), "the logged D_x is not the sigmoid of D's logit"
-    assert means["loss_D"] == approx(-math.log(0.6 * 0.4)), "the logged loss_D is wrong"
-    assert means["loss_G"] == approx(-math.log(0.75)), "the logged loss_G is wrong"
+    assert means["loss_D"] == approx(-math.log(0.6 * 0.4)), "loss_D or its log is wrong"
+    assert means["loss_G"] == approx(-math.log(0.75)), "loss_G or its log is wrong"
     assert means["acc_D"] == 0.5, "acc_D is not 0.5, though D says real of all images"
     assert means["D_G_z1"] == approx(0.6), "D_G_z1 is not from before D's update"
     assert means["D_G_z2"] == approx(0.75), "D_G_z2 is not from after D's update"
@@ -508,7 +508,8 @@ def test_data_drawn_is_white_on_black_and_the_same_at_every_call():
 def test_run_saves_a_picture_in_every_epoch():
     run(f"{SMALL} --dataset drawn --epochs 3")
     pictures = sorted(path.name for path in RUN.glob("epoch_*"))
-    assert pictures == [f"epoch_0000{n}.png" for n in (1, 2, 3)]
+    expected = [f"epoch_0000{n}.png" for n in (1, 2, 3)]
+    assert pictures == expected, "an epoch has no picture of its own"
 
 
 def test_run_draws_real_images_and_the_average_of_G_in_eval_mode():
@@ -529,6 +530,7 @@ def test_run_takes_numbers_and_returns_its_folder_and_the_average_of_G():
     folder, G = train_gan.main([*PHOTOS.split(), "--epochs", 1, "--lr", 0.1])
     z = torch.randn(5, 4)
     assert folder == RUN
+    assert not G.training, "the average of G is not in eval mode"
     assert_close(load_generator(folder)(z), G(z), rtol=0, atol=0)
 
 
@@ -580,7 +582,7 @@ def test_run_learns():
     run(f"{flags} --epochs 20")
     before = info_of("runs/001")["log_likelihood"]
     after = info_of("runs/002")["log_likelihood"]
-    assert after > before + 100, f"the score goes from {before} to {after} nats only"
+    assert after > before + 100, f"no better: {before}, then {after} nats"
 
 
 GAME_FLAGS = ["--z-dim 5", "--g-hidden 9", "--d-hidden 9", "--no-batch-norm", "--k 2"]
@@ -711,7 +713,7 @@ def test_resume_after_a_full_disk_has_the_last_whole_checkpoint():
     with suppress(RuntimeError):  # the words of torch.save, if it writes the file
         run("--resume runs/001 --epochs 2", 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert contents(RUN)["checkpoint.pt"] == before, "it is broken: do not save into it"
+    assert contents(RUN)["checkpoint.pt"] == before, "not saved as another file first"
 
 
 class Evil:
