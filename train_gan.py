@@ -547,7 +547,7 @@ def main(argv=None):
             print(
                 f"log-likelihood of {args.dataset}: {mean:.1f} +- {std_error:.1f} nats"
             )
-            info = load_checkpoint(run)["info"]
+            info = load_checkpoint(run).get("info", vars(args))  # none in old runs
             save_info(run, info | {"log_likelihood": mean, "standard_error": std_error})
         return run, G
     except OSError as error:  # a full disk, or a folder without permission to write
