@@ -129,6 +129,13 @@ def test_losses_are_the_logarithms_of_the_paper(name):
     assert loss(1e4 * logits).isfinite(), "not finite where D is very sure"
 
 
+def test_losses_teach_D_where_it_is_surely_wrong():
+    logits = torch.tensor([-30.0, 30.0], requires_grad=True)  # of real, of fake
+    losses.discriminator_loss(*logits).backward()
+    assert logits.grad[0] < 0, "no slope where D takes a real image for fake"
+    assert logits.grad[1] > 0, "no slope where D takes a fake image for real"
+
+
 def test_losses_draw_noisy_labels_from_both_sides():
     labels = losses.make_labels(torch.zeros(999), 1.0, 0.1)
     assert 0.9 <= labels.min() < 0.91, "the lowest label is not label - noise"
@@ -175,8 +182,8 @@ def test_losses_lead_D_to_p_over_p_plus_q():
 
 def test_losses_lead_G_to_the_real_density():
     _, spread, mean = play_toy_game(lr_G=2e-3)
-    assert mean == approx(-1, abs=0.1), "the mean of G's numbers is not the data's"
-    assert abs(spread) == approx(0.5, abs=0.1), "their deviation is not the data's"
+    assert mean == approx(-1, abs=0.15), "the mean of G's numbers is not the data's"
+    assert abs(spread) == approx(0.5, abs=0.15), "their deviation is not the data's"
 
 
 # --- networks -------------------------------------------------------------------------
@@ -322,8 +329,11 @@ def test_step_of_G_learns_through_the_updated_D():
     game.opt_D.step = lambda: nn.init.constant_(weights[-1], math.log(3))
     means = play(game)
     assert means["D_x"] == approx(0.6), "the logged D_x is not the sigmoid of D's logit"
-    assert means["loss_D"] == approx(-math.log(0.6 * 0.4)), "loss_D or its log is wrong"
-    assert means["loss_G"] == approx(-math.log(0.75)), "loss_G or its log is wrong"
+    before, after = torch.tensor([math.log(0.6 / 0.4), math.log(3)])  # D's logits
+    loss_D = float(losses.discriminator_loss(before, before))
+    assert means["loss_D"] == approx(loss_D), "the log has another loss_D"
+    loss_G = float(losses.generator_loss(after))
+    assert means["loss_G"] == approx(loss_G), "the log has another loss_G"
     assert means["acc_D"] == 0.5, "acc_D is not 0.5, though D says real of all images"
     assert means["D_G_z1"] == approx(0.6), "D_G_z1 is not from before D's update"
     assert means["D_G_z2"] == approx(0.75), "D_G_z2 is not from after D's update"
@@ -424,19 +434,14 @@ def test_data_of_16_bits_a_colour_keeps_the_upper_8():
     assert train_gan.load_image("deep.png", 1).flatten().tolist() == [255, 128, 3]
 
 
-REFUSED = {
-    "grey.tiff": "grey with more than 8 bits: convert it to 8",
-    "stack.tiff": "several images in one file: save each as a file",
-}
-
-
-@mark.parametrize("name", REFUSED)
-def test_data_refuses_what_it_would_read_wrongly(name):
+def test_data_refuses_what_it_would_read_wrongly():
     grey = Image.new("I;16", (2, 2))
     grey.save("grey.tiff")
     Image.new("L", (2, 2)).save("stack.tiff", save_all=True, append_images=[grey])
-    with raises(ValueError, match=REFUSED[name]):
-        train_gan.load_image(name, 4)
+    with raises(ValueError, match="grey with more than 8 bits: convert it to 8"):
+        train_gan.load_image("grey.tiff", 4)
+    with raises(ValueError, match="several images in one file: save each as a file"):
+        train_gan.load_image("stack.tiff", 4)
 
 
 def test_data_counts_what_it_cannot_read_and_names_the_first(capsys):
@@ -457,17 +462,13 @@ def test_data_of_a_locked_folder_is_an_error(monkeypatch):
     assert "error: --dataset photos: 0 images, 2 are needed" in text
 
 
-def test_data_is_read_from_all_folders_but_hidden_ones():
+def test_data_is_read_from_files_in_all_folders_but_hidden_ones():
     shutil.copytree("photos", "photos/.hidden")
     shutil.copytree("photos", "photos/below/it")
     os.rename("photos/below/it/00.tiff", "photos/.hidden.tiff")
+    if hasattr(os, "mkfifo"):  # a named pipe: to open it would wait for ever
+        os.mkfifo("photos/pipe.png")
     assert len(load_folder("photos", 2)) == 64 + 63
-
-
-@mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
-def test_data_does_not_wait_for_a_pipe():
-    os.mkfifo("photos/pipe.png")
-    assert len(load_folder("photos", 2)) == 64
 
 
 def test_data_set_has_channels_and_test_images(monkeypatch):
@@ -516,7 +517,7 @@ def test_run_draws_real_images_and_the_average_of_G_in_eval_mode():
         save_image(images, "expected.png")
         ours, expected = Image.open(RUN / name), Image.open("expected.png")
         pixels = [pil_to_tensor(picture).int() for picture in (ours, expected)]
-        message = f"{name} shows other images, or G in training mode"
+        message = f"{name}: other images, another grid, or G in training mode"
         assert_close(*pixels, rtol=0, atol=2, msg=message)  # GPUs round
 
 
