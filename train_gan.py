@@ -11,10 +11,10 @@ G learns to make images that D takes for real.
 python train_gan.py                           # MNIST, 40 epochs, the best device
 python train_gan.py --resume runs/001         # continue a run that was stopped
 
-40 epochs of MNIST take 3 to 5 minutes on two CPU cores. The score is a log-likelihood,
-higher is better: 237.5 nats (mean of ten seeds). The paper has 225, real images 241.
+40 epochs of MNIST take 3 to 5 minutes on two CPU cores. The score (see parzen(), higher
+is better) is 237.5 nats, the mean of ten seeds. The paper has 225, real images 241.
 
-Adam is newer than the paper. So are four defaults; the flag in brackets undoes each:
+The paper has neither Adam nor these four. The flag in brackets undoes each:
 - BatchNorm in G keeps G's images varied (--no-batch-norm).
 - Adam has no momentum, because old gradients belong to an older D (--beta1 0.9).
 - The R1 penalty makes D less steep, so G does not jump from side to side (--r1 0).
@@ -47,7 +47,7 @@ from torchvision.utils import save_image
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-# R1 is expensive: only every 4th step of D has it, 4 times as heavy (StyleGAN2, 3.1).
+# The R1 penalty is slow: only every 4th step of D adds it, times 4 (StyleGAN2, 3.1).
 R1_EVERY = 4
 EPOCH_IMAGES = 10_000  # a smaller data set is shown again until an epoch has this many
 DRAWN = [30_000, 5_000]  # numbers of drawn digits: training images, test images
@@ -67,11 +67,11 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
     # keeps seeds apart: epoch 2 of seed 0 must not repeat epoch 1 of seed 1.
     torch.manual_seed(args.seed * 1_000_003 + epoch)
     batches = shuffled_batches(args, images)
-    first_step = (epoch - 1) * len(batches) + 1  # k and R1_EVERY count across epochs
+    first_step = (epoch - 1) * len(batches) + 1  # step numbers go on across epochs
     log = defaultdict(list)  # tensors: .item() in each step would wait for the GPU
     for step, batch in enumerate(batches, first_step):
         # (1) Update D: maximise log D(x) + log(1 - D(G(z))). loss_D is minus this.
-        # In formulas, D(x) is a probability. In code, D(x) is its logit.
+        # D(x) is a probability in formulas and in losses.csv, and a logit in code.
         x = images[batch] / 127.5 - 1  # 0 .. 255 -> [-1, 1], the range of G's tanh
         z = torch.randn(len(x), args.z_dim, device=x.device)
         fake = G(z)
@@ -97,21 +97,22 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 
         if step % args.k == 0:  # after k steps of D, one step of G
             # (2) Update G: maximise log D(G(z)). Minimax: minimise log(1 - D(G(z))).
-            # Algorithm 1 draws new noise. These fakes will do: G has not changed.
+            # Algorithm 1 draws new noise. We reuse the fakes: G has not changed.
             fake_logits = D(fake)  # the updated D; no detach(): G learns through D
             if args.loss == "minimax":
                 loss_G = losses.minimax_generator_loss(fake_logits)
             else:
                 loss_G = losses.generator_loss(fake_logits)
             opt_G.zero_grad()
-            # `inputs` only saves time: D's gradients are not needed here.
+            # `inputs`: gradients for G's weights only, which saves time.
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()
             log["loss_G"].append(loss_G.detach())
             log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())
 
-            # (3) Update the average: decay * average + (1 - decay) * G. The decay grows
-            # from 2 / 11 (to 0.9995 in 40 epochs of MNIST): the bad first weights fade.
+            # (3) Update the average: decay * average + (1 - decay) * G. At first the
+            # decay is small, so that bad first weights fade. It grows (in 40 epochs of
+            # MNIST to 0.9995), but not above --ema.
             G_steps = step // args.k
             decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
             update_average(G_ema, G, decay)
@@ -121,8 +122,8 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 def shuffled_batches(args, images):
     """All images in random order: one tensor of indices for each batch.
 
-    A small data set is shuffled and shown again, until there are EPOCH_IMAGES, and k
-    batches at least. There is no DataLoader: the images are already on the device.
+    A small data set is shuffled and repeated, up to EPOCH_IMAGES images and at least k
+    batches. There is no DataLoader: the images are already on the device.
     """
     n = len(images)
     n_wanted = max(n, EPOCH_IMAGES, args.k * args.batch_size)
@@ -168,7 +169,7 @@ def train(args, images, run, checkpoint=None):
         history = checkpoint["history"]
     found = {"device": str(device), "images": list(images.shape)}
     info = vars(args) | found | {"torch": str(torch.__version__)}  # for run.json
-    plain = {"args": vars(args), "info": info, "G_args": G_args, "history": history}
+    values = {"args": vars(args), "info": info, "G_args": G_args, "history": history}
     first_epoch = len(history) + 1
     if first_epoch <= args.epochs:
         save_image(images[:64] / 255, run / "real.png")
@@ -177,7 +178,7 @@ def train(args, images, run, checkpoint=None):
         start = time.perf_counter()
         means = train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D)
         last = history[-1] if history else {}
-        row = dict.fromkeys(last, math.nan)  # a column without a value is nan
+        row = dict.fromkeys(last, math.nan)  # nan if this epoch logged none
         row |= {"epoch": epoch, **means, "seconds": time.perf_counter() - start}
         history.append(row)
         save_table(run, history)  # if it diverges, the last rows show how
@@ -185,8 +186,8 @@ def train(args, images, run, checkpoint=None):
         if samples.isnan().any():
             sys.exit(f"error: epoch {epoch} diverged: try a lower --lr")
         save_image(samples, run / f"epoch_{epoch:05}.png")
-        save_info(run, info)  # its flags are those that made the weights
-        save_checkpoint(run, stateful, plain)
+        save_info(run, info)  # the flags that trained this checkpoint
+        save_checkpoint(run, stateful, values)
         print_row(row, args.epochs, header=epoch == first_epoch or len(row) > len(last))
     return G_ema.cpu()
 
@@ -234,11 +235,11 @@ def save_table(run, rows):
     replace_file(run / "losses.csv", table.getvalue().encode())
 
 
-def save_checkpoint(run, stateful, plain):
+def save_checkpoint(run, stateful, values):
     """checkpoint.pt: all that --resume needs. After a kill, the old file is there."""
     states = {name: part.state_dict() for name, part in stateful.items()}
     data = io.BytesIO()  # torch.save to a file raises no OSError when the disk is full
-    torch.save(states | plain, data)
+    torch.save(states | values, data)
     replace_file(run / "checkpoint.pt", data.getvalue())
 
 
@@ -306,7 +307,7 @@ def parzen(samples, images, test_images):
 
     G gives no density, so a Gaussian is put on each sample: a Parzen window. Its sigma
     is the best of ten for 1,000 validation images, as in the authors' parzen_ll.py. The
-    authors do not train on these images; here, G has seen them. Samples (N, C, H, W) in
+    authors keep these out of training; here, G has seen them. Samples (N, C, H, W) in
     [0, 1], images uint8. Returns the mean over the test images and its standard error.
     """
     # Distances are small differences of large numbers: no rounding here.
@@ -503,9 +504,7 @@ def choose_device(name):
     except (AssertionError, ImportError, RuntimeError) as error:
         warn(f"{name} cannot be used: {one_line(error)}; the CPU is taken")
         if name.startswith("cuda"):
-            torch.cuda.is_available = lambda: (
-                False
-            )  # otherwise Adam still asks the card
+            torch.cuda.is_available = lambda: False  # otherwise Adam asks the card
         return "cpu"
 
 
