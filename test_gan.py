@@ -629,7 +629,9 @@ def test_run_of_the_script_prints_names_that_the_console_lacks():
     command = [sys.executable, train_gan.__file__, "--dataset", "\u0444"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = subprocess.Popen(command, env=ascii_only, stdout=-1, stderr=-1)
-    assert b"reading \\u0444 ..." in process.communicate()[0]
+    out, err = process.communicate()
+    assert b"reading \\u0444 ..." in out
+    assert b"0 images, 2 are needed" in err
 
 
 # --- resume and faults ----------------------------------------------------------------
