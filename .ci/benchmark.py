@@ -1,6 +1,7 @@
 """Seconds per epoch: the loop that tutorials teach against train_gan.py, side by side.
 
 python .ci/benchmark.py [--data-dir data] [--rounds 3]    # MNIST must be in data-dir
+uv run --with torch --with torchvision .ci/benchmark.py   # with uv
 
 Both train the same networks with the same batch size on the same device, the CPU.
 Theirs: a DataLoader over PIL images, two passes through D, a second pass through G,
