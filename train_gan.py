@@ -328,7 +328,7 @@ def load_folder(folder, size):
     for path in sorted(paths):
         try:
             images.append(load_image(path, size))
-        except Exception as error:  # a damaged file can raise any error
+        except Exception as error:  # noqa: BLE001 (a damaged file can raise any error)
             skipped.append(f"{path}: {error!r}")
     if skipped:
         print(f"warning: {len(skipped)} files are skipped. The first is {skipped[0]}")
