@@ -106,7 +106,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
             else:
                 loss_G = losses.generator_loss(fake_logits)
             opt_G.zero_grad()
-            # `inputs`: no gradients for D's weights, which nothing uses: it saves time.
+            # `inputs`: no gradients for D's weights. Nothing uses them: it saves time.
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()
             log["loss_G"].append(loss_G.detach())
