@@ -105,7 +105,7 @@ def test_losses_are_the_logarithms_of_the_paper():
 def test_losses_teach_D_where_it_is_surely_wrong():
     logits = torch.tensor([-30.0, 30.0], requires_grad=True)  # of real, of fake
     losses.discriminator_loss(*logits).backward()
-    assert_close(logits.grad, torch.tensor([-1.0, 1.0]), msg="no slope: a sigmoid?")
+    assert_close(logits.grad, torch.tensor([-1.0, 1.0]), msg="no slope of -1 and 1")
 
 
 def test_losses_draw_noisy_labels_from_both_sides():
@@ -175,6 +175,28 @@ def test_step_of_D_ends_at_the_fakes():
     assert not inputs[1].requires_grad, "D's step goes on into G: detach() the fakes"
 
 
+@mark.parametrize("name", ["D", "G"])
+def test_step_clears_the_gradients_of_the_last_step(name):
+    game = make_game()
+    weights = list(getattr(game, name).parameters())
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 1e9)
+    train_gan.train_epoch(**vars(game))
+    largest = max(weight.grad.max() for weight in weights)
+    assert largest < 1e6, f"zero_grad: {name}'s old gradients are still there"
+
+
+def test_step_of_G_comes_after_each_k_steps_of_D_also_across_epochs():
+    steps = []
+    for epoch in (1, 2, 3):
+        game = make_game("--k 3")  # an epoch has four steps of D
+        game.epoch = epoch
+        game.opt_D.step = lambda: steps.append("D")
+        game.opt_G.step = lambda: steps.append("G")
+        train_gan.train_epoch(**vars(game))
+    assert "".join(steps) == "DDDG" * 4, "k must count over all epochs"
+
+
 def naive_epoch(batches, args, images, epoch, G, D, G_ema, opt_G, opt_D):
     """As tutorials write it: gradients for everyone, and probabilities."""
     log = defaultdict(list)
@@ -220,35 +242,14 @@ def test_step_by_step_equals_the_naive_loop(flags, n, channels):
     means = train_gan.train_epoch(**vars(game))
     batches = [(z, x) for z, x in pairwise(inputs) if z.dim() == 2]
     assert inputs[1].aminmax() == (-1, 1), "D must see pixels from -1 to 1"
-    for name, values in naive_epoch(batches, **vars(naive)).items():
-        expected = approx(sum(values).item() / len(values), rel=1e-4)
-        message = f"the mean of {name} is not what its name says (loss_D: without R1)"
-        assert means[name] == expected, message
+    log = naive_epoch(batches, **vars(naive))
     for part in ("D", "G", "G_ema"):
         states = [getattr(game, part).state_dict() for game in (game, naive)]
         assert_close(*states, rtol=1e-3, atol=1e-4, msg=f"{part} differs")
-
-
-@mark.parametrize("name", ["D", "G"])
-def test_step_clears_the_gradients_of_the_last_step(name):
-    game = make_game()
-    weights = list(getattr(game, name).parameters())
-    for weight in weights:
-        weight.grad = torch.full_like(weight, 1e9)
-    train_gan.train_epoch(**vars(game))
-    largest = max(weight.grad.max() for weight in weights)
-    assert largest < 1e6, f"zero_grad: {name}'s old gradients are still there"
-
-
-def test_step_of_G_comes_after_each_k_steps_of_D_also_across_epochs():
-    steps = []
-    for epoch in (1, 2, 3):
-        game = make_game("--k 3")  # an epoch has four steps of D
-        game.epoch = epoch
-        game.opt_D.step = lambda: steps.append("D")
-        game.opt_G.step = lambda: steps.append("G")
-        train_gan.train_epoch(**vars(game))
-    assert "".join(steps) == "DDDG" * 4, "k must count over all epochs"
+    for name, values in log.items():
+        expected = approx(sum(values).item() / len(values), rel=1e-4)
+        message = f"the mean of {name} is not what its name says (loss_D: without R1)"
+        assert means[name] == expected, message
 
 
 def test_epoch_shows_all_images_equally_often():
