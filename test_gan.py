@@ -339,7 +339,7 @@ def test_data_set_with_a_programming_error_shows_it(monkeypatch):
 def test_data_set_without_internet_is_drawn_and_a_resumed_run_keeps_it(capsys):
     run(f"{SMALL} --epochs 1")
     text = capsys.readouterr().out
-    assert text.startswith("warning: training on --dataset drawn: mnist is not whole")
+    assert text.startswith("warning: training on --dataset drawn: no mnist: data/")
     assert "no network" in text, "the reason is lost"
     run("--resume runs/001 --epochs 2")
     assert "warning" not in capsys.readouterr().out
@@ -476,7 +476,7 @@ def test_resume_takes_new_flags_and_keeps_the_others():
 
 def test_resume_of_a_finished_run_scores_it_again(finished, capsys):
     before = info_of(finished.run)
-    train_gan.main(["--resume", finished.run, "--lr", 0.5, "--dataset", "kmnist"])
+    train_gan.main(["--resume", finished.run, "--g-leak", 0.9, "--dataset", "kmnist"])
     text = capsys.readouterr().out
     assert text.startswith("4 epochs are done: to go on, add --epochs 8\n")
     assert "log-likelihood of drawn: " in text
@@ -517,12 +517,12 @@ def test_resume_runs_no_code_of_the_file():
 
 # --- command line ---------------------------------------------------------------------
 WRONG = {
-    "--k 0": "error: --epochs, --k, --z-dim and --batch-size must be 1 or more",
+    "--k 0": "error: epochs, k, z-dim, batch-size and image-size must be 1 or more",
     "--out-dir new --resume none": "not allowed with",
     "--resume none": "No such file or directory: 'none/checkpoint.pt'",
     "--dataset cifar10": "error: --dataset cifar10: no folder, and none of auto, mnist",
     "--dataset one": "error: --dataset one: 1 images, 2 are needed",
-    "--dataset mnist": "error: mnist is not whole in data/MNIST/raw (train-images-idx3",
+    "--dataset mnist": "error: no mnist: data/MNIST/raw needs train- and t10k-images-i",
 }
 
 
@@ -539,8 +539,8 @@ def test_command_line_refuses_in_one_line_and_leaves_no_folder(flags, capsys):
 
 def test_command_line_takes_the_cpu_where_there_is_no_card(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    devices = [train_gan.choose_device(name) for name in ("auto", "cuda:1", "cpu")]
-    assert devices == ["cuda", "cuda:1", "cpu"], "there is a card"
+    devices = [str(train_gan.choose_device(name)) for name in ("auto", "cuda:1")]
+    assert devices == ["cuda", "cuda:1"], "there is a card"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     run(f"{PHOTOS} --epochs 1 --device cuda")
     warning = f"warning: torch {torch.__version__} finds no GPU: training on the CPU"

@@ -9,15 +9,15 @@ A generator G makes images from noise z. A discriminator D answers D(x), the pro
 that an image x is real. They learn in turn: D learns to tell real images from G's, and
 G learns to make images that D takes for real.
 
-python train_gan.py                           # MNIST, or drawn digits without a network
-python train_gan.py --resume runs/001         # continue a run that was stopped
+python train_gan.py                          # MNIST, or drawn digits without internet
+python train_gan.py --resume runs/001        # continue a run that was stopped
 
 40 epochs of MNIST take 3 to 5 minutes on two CPU cores, and score 237.5 nats, the mean
-of ten seeds (see parzen(); higher is better). The paper has 225, real images 241.
+of ten seeds (see parzen(); higher is better). The paper has 225, real images have 241.
 
-The paper has neither Adam nor these four. The flag in brackets undoes each:
+Newer than the paper are Adam and these four. The flag in brackets undoes each:
 - BatchNorm in G keeps G's images varied (--no-batch-norm).
-- Adam has no momentum, because old gradients belong to an older D (--beta1 0.9).
+- No momentum in Adam, because old gradients belong to an older D (--beta1 0.9).
 - The R1 penalty keeps D's slope small: G does not jump from side to side (--r1 0).
 - Pictures and score use an average of G: G's weights move in circles (--ema 0).
 
@@ -48,7 +48,7 @@ from torchvision.utils import save_image
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-R1_EVERY = 4  # R1 is slow: every 4th step of D adds it, times 4 (StyleGAN2, 3.1)
+R1_EVERY = 4  # R1 is slow: every 4th step adds it, times 4 (StyleGAN2, 3.1: 16)
 EPOCH_IMAGES = 10_000  # an epoch has at least so many: it repeats a small data set
 DRAWN = [30_000, 5_000]  # how many digits are drawn: for training, for the test
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
@@ -69,7 +69,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
     torch.manual_seed(args.seed * 1_000_003 + epoch)
     batches = shuffled_batches(args, images)
     first_step = (epoch - 1) * len(batches) + 1  # step numbers go on across epochs
-    log = defaultdict(list)  # of tensors: .item() in each step would wait for the GPU
+    log = defaultdict(list)  # of tensors: .item() would wait for the GPU in each step
     for step, batch in enumerate(batches, first_step):
         # (1) Update D: maximise log D(x) + log(1 - D(G(z))). loss_D is minus this.
         # D(x) is a probability in formulas and in losses.csv, and a logit in code.
@@ -91,7 +91,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         opt_D.step()
 
         # detach(): a logged value must not keep its graph in memory.
-        log["loss_D"].append(loss_D.detach())  # log 4 if D can only guess
+        log["loss_D"].append(loss_D.detach())  # without R1; log 4 if D can only guess
         log["D_x"].append(real_logits.detach().sigmoid().mean())
         log["D_G_z1"].append(fake_logits.detach().sigmoid().mean())
         correct = torch.cat([real_logits > 0, fake_logits < 0])  # logit > 0: D(x) > 1/2
@@ -106,14 +106,15 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
             else:
                 loss_G = losses.generator_loss(fake_logits)
             opt_G.zero_grad()
-            # `inputs`: no gradients for D's weights. Nothing uses them: it saves time.
+            # `inputs`: G's weights only. Nothing uses D's gradients here: skip them.
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()
             log["loss_G"].append(loss_G.detach())
             log["D_G_z2"].append(fake_logits.detach().sigmoid().mean())
 
-            # (3) Update the average: decay * average + (1 - decay) * G. As the decay
-            # grows, this is about the mean of G over the last tenth of its steps.
+            # (3) Update the average: decay * average + (1 - decay) * G. At first the
+            # decay is small, so that bad first weights fade. It grows (in 40 epochs of
+            # MNIST to 0.9995), but not above --ema.
             G_steps = step // args.k
             decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
             update_average(G_ema, G, decay)
@@ -123,16 +124,15 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 def shuffled_batches(args, images):
     """All images in random order: one tensor of indices for each batch.
 
-    A small data set is repeated, up to EPOCH_IMAGES images and at least k batches.
-    There is no DataLoader: the images are already on the device.
+    A small data set is repeated: up to EPOCH_IMAGES images, and to k batches, so that G
+    has a step. There is no DataLoader: the images are already on the device.
     """
     n = len(images)
     n_shown = max(n, EPOCH_IMAGES, args.k * args.batch_size)
     repeats = math.ceil(n_shown / n)  # MNIST: 1; a folder of 60 images: 167
     orders = [torch.randperm(n, device=images.device) for _ in range(repeats)]
     order = torch.cat(orders)[:n_shown]
-    # Batches of nearly equal size, never smaller than --batch-size (MNIST: 128 or 129).
-    # Otherwise the last batch could be one image, which BatchNorm cannot use.
+    # Batches of nearly equal size: BatchNorm could not use a last batch of one image.
     return order.tensor_split(n_shown // args.batch_size)
 
 
@@ -146,7 +146,7 @@ def train(args, images, run, checkpoint=None):
     # Matrix products may keep fewer digits (TF32, bfloat16): faster, and good enough.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed)
-    fixed_z = torch.randn(64, args.z_dim).to(device)  # the same for all pictures
+    fixed_z = torch.randn(64, args.z_dim).to(device)  # for all pictures
     image_shape = images.shape[1:]
     G_args = {  # saved as well: load_generator() makes G from them
         "z_dim": args.z_dim,
@@ -158,7 +158,7 @@ def train(args, images, run, checkpoint=None):
     }
     G = Generator(**G_args).to(device)
     D = Discriminator(args.d_hidden, image_shape, args.dropout, args.d_leak).to(device)
-    # The average of G. In eval mode, an image does not depend on its batch.
+    # The average of G. In eval mode, an image does not depend on the other images.
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     # Each optimiser moves the weights of its own network only. fused=True is faster.
     opt_G = torch.optim.Adam(G.parameters(), args.lr, (args.beta1, 0.999), fused=True)
@@ -167,11 +167,11 @@ def train(args, images, run, checkpoint=None):
     history = []  # one row of losses.csv for each epoch
     if checkpoint:
         history = checkpoint["history"]
-        for name in ("opt_G", "opt_D"):  # keep the new rates: --lr may have changed
+        for name in ("opt_G", "opt_D"):  # --lr and --beta1 are those of now
             checkpoint[name]["param_groups"] = parts[name].state_dict()["param_groups"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    some = torch.randperm(len(images))[:64].to(device)  # the first may be of one class
+    some = torch.randperm(len(images))[:64].to(device)  # the first 64 may look alike
     save_image(images[some] / 255, run / "real.png")
     first_epoch = len(history) + 1
 
@@ -202,8 +202,7 @@ def new_folder(name):
     if name:
         run = Path(name)
         run.mkdir(parents=True, exist_ok=True)
-        # real.png alone is of a run that was stopped before it saved an epoch.
-        if any(path.name != "real.png" for path in run.glob("[!.]*")):
+        if set(os.listdir(run)) - {"real.png"}:  # alone, it is of a run without epochs
             sys.exit(f"error: {run} is not empty: name a new folder, or --resume it")
         return run
     Path("runs").mkdir(exist_ok=True)
@@ -236,7 +235,7 @@ def save_gif(run):
     """training.gif: the pictures of all epochs, 150 ms each."""
     pages = (Image.open(path) for path in sorted(run.glob("epoch_*.png")))
     first = next(pages, None)
-    if first:  # otherwise the pictures were tidied away
+    if first:  # otherwise the pictures were deleted
         gif = run / "training.gif"
         first.save(gif, save_all=True, append_images=pages, duration=150, loop=0)
 
@@ -259,11 +258,11 @@ def parzen(samples, images, test_images):
 
     G gives no density, so a Gaussian is put on each sample: a Parzen window. Its sigma
     is the best of ten for 1,000 validation images, as in the authors' parzen_ll.py (but
-    G has seen ours in training). It is a rough measure: look at the pictures, too.
-    Samples (N, C, H, W) in [0, 1], uint8 images (N, C, H, W) -> the mean over the test
-    images and its standard error.
+    our G was trained on them). It is a rough measure: look at the pictures, too.
+    Samples (N, C, H, W) in [0, 1]; images uint8. Returns the mean over the test images
+    and its standard error.
     """
-    # cdist() subtracts large numbers that are nearly equal, so it needs all digits.
+    # cdist() subtracts products that are nearly equal, so it needs all their digits.
     torch.set_float32_matmul_precision("highest")
     validation = images[-10_000:][:1000]  # the first 1,000 of the last 10,000
     sigmas = torch.logspace(-1, 0, 10)  # from 0.1 to 1
@@ -313,8 +312,8 @@ def download(name, folder):
         test_set = DATASETS[name](folder, train=False, download=True)
     except (OSError, RuntimeError, ValueError) as error:
         raw = f"{folder}/{DATASETS[name].__name__}/raw"
-        files = "train-images-idx3-ubyte, train-labels-idx1-ubyte, and both of t10k"
-        raise OSError(f"{name} is not whole in {raw} ({files}): {error!r}") from error
+        four = "train- and t10k-images-idx3-ubyte, train- and t10k-labels-idx1-ubyte"
+        raise OSError(f"no {name}: {raw} needs {four}: {error!r}") from error
     return train_set.data.unsqueeze(1), test_set.data.unsqueeze(1)
 
 
@@ -342,7 +341,6 @@ def load_folder(folder, size):
 def load_image(path, size):
     """uint8 (3, size, size): upright, cropped to a square, transparent parts white."""
     with Image.open(path) as file:
-        file.draft(None, (2 * size, 2 * size))  # a large JPEG: read fewer pixels
         if file.mode[0] in "IF":  # modes I;16, I and F: convert() would clip them
             raise ValueError("grey with more than 8 bits: convert it to 8")
         image = ImageOps.exif_transpose(file).convert("RGBA")
@@ -391,7 +389,7 @@ def parse_args(argv, **defaults):
     add("--g-leak", type=float, default=0.0, help="negative slope in G; 0: ReLU")
     add("--d-leak", type=float, default=0.2, help="negative slope in D; 0: ReLU")
     # The game
-    add("--loss", choices=kinds, default=kinds[0], help="the loss of G")
+    add("--loss", choices=kinds, default="non-saturating", help="the loss of G")
     add("--k", type=int, default=1, help="steps of D for each step of G")
     add("--real-label", type=float, default=1.0, help="D's label of real images")
     add("--label-noise", type=float, default=0.0, help="labels vary by +- this")
@@ -406,19 +404,19 @@ def parse_args(argv, **defaults):
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: cuda or cpu")
     parser.set_defaults(**defaults)
     args = parser.parse_args([str(word) for word in argv])  # for main(["--epochs", 2])
-    if min(args.epochs, args.k, args.z_dim, args.batch_size) < 1:
-        parser.error("--epochs, --k, --z-dim and --batch-size must be 1 or more")
+    if min(args.epochs, args.k, args.z_dim, args.batch_size, args.image_size) < 1:
+        parser.error("epochs, k, z-dim, batch-size and image-size must be 1 or more")
     return args
 
 
 def choose_device(name):
     """The device of that name; auto is cuda if it is there. Without cuda, the CPU."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         print(f"warning: torch {torch.__version__} finds no GPU: training on the CPU")
-        return "cpu"
-    return name
+        name = "cpu"
+    return torch.device(name)
 
 
 def main(argv):
@@ -427,25 +425,27 @@ def main(argv):
     checkpoint = None
     try:
         if args.resume is not None:
-            checkpoint = load_checkpoint(args.resume)
+            run = Path(args.resume)
+            checkpoint = load_checkpoint(run)
             args = parse_args(argv, **checkpoint["args"])
             done = len(checkpoint["history"])
             if args.epochs <= done:
                 print(f"{done} epochs are done: to go on, add --epochs {2 * done}")
-                args.dataset = checkpoint["args"]["dataset"]  # scored as it was
-        args.dataset, images, test_images = load_data(args)  # "auto" becomes a name
+                flags = ["--epochs", done, "--data-dir", args.data_dir]
+                args = parse_args(flags, **checkpoint["args"])  # G's, not the new ones
         device = choose_device(args.device)
-        images = images.to(device)
-        run = new_folder(args.out_dir) if checkpoint is None else Path(args.resume)
+        args.dataset, images, test_images = load_data(args)  # "auto" becomes a name
+        if checkpoint is None:
+            run = new_folder(args.out_dir)
     except OSError as error:  # a wrong path, or no network
         sys.exit(f"error: {error}")
     print(args.dataset, list(images.shape), f"on {device}, into {run}", flush=True)
     try:
-        G = train(args, images, run, checkpoint)
+        G = train(args, images.to(device), run, checkpoint)
     except KeyboardInterrupt:
         sys.exit(f'stopped; if an epoch is saved, --resume "{run}" goes on after it')
     if test_images is not None:
-        score(G, args, images.cpu(), test_images, run)
+        score(G, args, images, test_images, run)
     save_gif(run)
     return run, G
 
