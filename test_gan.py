@@ -325,8 +325,8 @@ def test_data_set_is_downloaded_and_gets_a_channel(monkeypatch):
     monkeypatch.setitem(train_gan.DATASETS, "mnist", mnist)
     _, images, test_images = train_gan.load_data(train_gan.parse_args([]))
     assert images.shape == test_images.shape == (9, 1, 28, 28)
-    mnist.assert_any_call("data", train=True, download=True)
-    mnist.assert_called_with("data", train=False, download=True)
+    assert mnist.call_args_list[0].kwargs == {"train": True, "download": True}
+    assert mnist.call_args_list[1].kwargs == {"train": False, "download": True}
 
 
 def test_data_set_with_a_programming_error_shows_it(monkeypatch):
@@ -347,9 +347,8 @@ def test_data_set_without_internet_is_drawn_and_a_resumed_run_keeps_it(capsys):
 
 # --- a whole run ----------------------------------------------------------------------
 def test_run_saves_a_picture_in_every_epoch(finished):
-    pictures = sorted(path.name for path in finished.run.glob("epoch_*"))
-    names = [f"epoch_0000{n}.png" for n in (1, 2, 3, 4)]
-    assert pictures == names, "an epoch has no picture of its own"
+    pictures = sorted(path.name[-6:] for path in finished.run.glob("epoch_*"))
+    assert pictures == ["01.png", "02.png", "03.png", "04.png"], "not one in each epoch"
 
 
 def test_run_draws_and_returns_the_average_of_G_in_eval_mode(finished):
@@ -357,7 +356,7 @@ def test_run_draws_and_returns_the_average_of_G_in_eval_mode(finished):
     z = torch.randn(64, 4)
     samples = load_generator(finished.run)(z)
     save_image(samples / 2 + 0.5, "expected.png")
-    paths = [finished.run / "epoch_00004.png", "expected.png"]
+    paths = ["expected.png", finished.run / "epoch_00004.png"]
     pixels = [pil_to_tensor(Image.open(path)).int() for path in paths]
     message = "other samples, another grid, or G in training mode"
     assert_close(*pixels, rtol=0, atol=2, msg=message)  # GPUs round
@@ -546,5 +545,5 @@ def test_command_line_takes_the_cpu_where_there_is_no_card(monkeypatch, capsys):
     warning = f"warning: torch {torch.__version__} finds no GPU: training on the CPU"
     assert warning in capsys.readouterr().out
     assert info_of(RUN)["device"] == "cpu", "run.json names a device that was not used"
-    flag = load_checkpoint(RUN)["args"]["device"]
-    assert flag == "cuda", "resumed where there is a card, the run must take it"
+    args = load_checkpoint(RUN)["args"]
+    assert args["device"] == "cuda", "resumed where there is a card, it must take it"
