@@ -198,31 +198,31 @@ def test_step_of_G_comes_after_each_k_steps_of_D_also_across_epochs():
 
 
 def naive_epoch(batches, args, images, epoch, G, D, G_ema, opt_G, opt_D):
-    """As tutorials write it: gradients for everyone, and probabilities."""
+    """As tutorials write it: backward() gives gradients to everyone."""
     log = defaultdict(list)
     step = (epoch - 1) * len(batches)
     for z, x in batches:
         step += 1
         fake = G(z)
-        real_p, fake_p = D(x).sigmoid(), D(fake.detach()).sigmoid()
-        loss_D = -real_p.log().mean() - (1 - fake_p).log().mean()
+        real_logits, fake_logits = D(x), D(fake.detach())
+        loss_D = losses.discriminator_loss(real_logits, fake_logits)
         log["loss_D"].append(loss_D)
-        log["D_x"].append(real_p.mean())
-        log["D_G_z1"].append(fake_p.mean())
-        log["acc_D"].append(((real_p > 0.5).sum() + (fake_p < 0.5).sum()) / 2 / len(x))
+        log["D_x"].append(real_logits.sigmoid().mean())
+        log["D_G_z1"].append(fake_logits.sigmoid().mean())
+        right = (real_logits > 0).sum() + (fake_logits < 0).sum()
+        log["acc_D"].append(right / (2 * len(x)))
         if step % 4 == 0:
             loss_D = loss_D + 4 * args.r1 * losses.r1_penalty(D, x)
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
         if step % args.k == 0:
-            fake_p = D(fake).sigmoid()
-            loss_G = -fake_p.log().mean()
+            loss_G = losses.generator_loss(D(fake))
+            log["loss_G"].append(loss_G)
+            log["D_G_z2"].append(D(fake).sigmoid().mean())
             opt_G.zero_grad()
             loss_G.backward()
             opt_G.step()
-            log["loss_G"].append(loss_G)
-            log["D_G_z2"].append(fake_p.mean())
             G_steps = step // args.k
             decay = min(args.ema, (1 + G_steps) / (10 + G_steps))
             for name, old in G_ema.state_dict().items():
@@ -321,9 +321,9 @@ def test_data_is_every_whole_image_below_the_folder_that_is_not_hidden(capsys):
 
 
 def test_data_set_is_downloaded_and_gets_a_channel(monkeypatch):
-    mnist = Mock(return_value=SimpleNamespace(data=torch.ones(9, 28, 28)))
+    mnist = Mock(return_value=SimpleNamespace(data=torch.ones(9, 28, 28), targets=0))
     monkeypatch.setitem(train_gan.DATASETS, "mnist", mnist)
-    _, images, test_images = train_gan.load_data(train_gan.parse_args([]))
+    images, test_images = train_gan.load_data(train_gan.parse_args([]))[1:3]
     assert images.shape == test_images.shape == (9, 1, 28, 28)
     assert mnist.call_args_list[0].kwargs == {"train": True, "download": True}
     assert mnist.call_args_list[1].kwargs == {"train": False, "download": True}
