@@ -52,7 +52,7 @@ R1_EVERY = 4  # R1 is slow: every 4th step adds it, times 4 (StyleGAN2, 3.1: 16)
 EPOCH_IMAGES = 10_000  # an epoch has at least so many: it repeats a small data set
 DRAWN = [30_000, 5_000]  # how many digits are drawn: for training, for the test
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
-NAMES = "auto, mnist, fashion-mnist, kmnist, drawn"
+NAMES = f"auto, {', '.join(DATASETS)}, drawn"
 
 
 # --- The game -------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def train(args, images, run, checkpoint=None):
     torch.manual_seed(args.seed)
     fixed_z = torch.randn(64, args.z_dim).to(device)  # for all pictures
     image_shape = images.shape[1:]
-    G_args = {  # saved as well: load_generator() makes G from them
+    G_args = {  # in the checkpoint, too: load_generator() makes G from them
         "z_dim": args.z_dim,
         "hidden": args.g_hidden,
         "image_shape": image_shape,
@@ -217,7 +217,7 @@ def save_table(run, history):
     """losses.csv, one row for each epoch."""
     try:
         with open(run / "losses.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, history[-1])
+            writer = csv.DictWriter(file, fieldnames=history[-1])
             writer.writeheader()
             writer.writerows(history)
     except PermissionError as error:  # Excel locks it; the next epoch writes all rows
@@ -405,7 +405,7 @@ def parse_args(argv, **defaults):
     parser.set_defaults(**defaults)
     args = parser.parse_args([str(word) for word in argv])  # for main(["--epochs", 2])
     if min(args.epochs, args.k, args.z_dim, args.batch_size, args.image_size) < 1:
-        parser.error("epochs, k, z-dim, batch-size and image-size must be 1 or more")
+        parser.error("--epochs, --k, --z-dim, --batch-size, --image-size: 1 or more")
     return args
 
 
@@ -432,7 +432,7 @@ def main(argv):
             if args.epochs <= done:
                 print(f"{done} epochs are done: to go on, add --epochs {2 * done}")
                 flags = ["--epochs", done, "--data-dir", args.data_dir]
-                args = parse_args(flags, **checkpoint["args"])  # G's, not the new ones
+                args = parse_args(flags, **checkpoint["args"])  # those that made G
         device = choose_device(args.device)
         args.dataset, images, test_images = load_data(args)  # "auto" becomes a name
         if checkpoint is None:
