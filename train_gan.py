@@ -48,7 +48,7 @@ from torchvision.utils import save_image
 import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
-R1_EVERY = 4  # R1 is slow: every 4th step adds it, times 4 (StyleGAN2, 3.1: 16)
+R1_EVERY = 4  # R1 is slow, so every 4th step adds it, times 4 (StyleGAN2, 3.1)
 EPOCH_IMAGES = 10_000  # an epoch has at least so many: it repeats a small data set
 DRAWN = [30_000, 5_000]  # how many digits are drawn: for training, for the test
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
@@ -83,7 +83,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
         )
-        penalty = 0.0
+        penalty = 0.0  # in most steps
         if args.r1 and step % R1_EVERY == 0:
             penalty = args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # otherwise backward() would add to the old gradients
@@ -158,7 +158,7 @@ def train(args, images, run, checkpoint=None):
     }
     G = Generator(**G_args).to(device)
     D = Discriminator(args.d_hidden, image_shape, args.dropout, args.d_leak).to(device)
-    # The average of G. In eval mode, an image does not depend on the other images.
+    # The average of G. eval(): BatchNorm uses running averages, not the batch.
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     # Each optimiser moves the weights of its own network only. fused=True is faster.
     opt_G = torch.optim.Adam(G.parameters(), args.lr, (args.beta1, 0.999), fused=True)
@@ -167,12 +167,12 @@ def train(args, images, run, checkpoint=None):
     history = []  # one row of losses.csv for each epoch
     if checkpoint:
         history = checkpoint["history"]
-        for name in ("opt_G", "opt_D"):  # --lr and --beta1 are those of now
+        for name in ("opt_G", "opt_D"):  # keep the new --lr, not the saved one
             checkpoint[name]["param_groups"] = parts[name].state_dict()["param_groups"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    some = torch.randperm(len(images))[:64].to(device)  # the first 64 may look alike
-    save_image(images[some] / 255, run / "real.png")
+    shown = torch.randperm(len(images))[:64].to(device)  # the first 64 may look alike
+    save_image(images[shown] / 255, run / "real.png")
     first_epoch = len(history) + 1
 
     for epoch in range(first_epoch, args.epochs + 1):
@@ -202,7 +202,7 @@ def new_folder(name):
     if name:
         run = Path(name)
         run.mkdir(parents=True, exist_ok=True)
-        if set(os.listdir(run)) - {"real.png"}:  # alone, it is of a run without epochs
+        if set(os.listdir(run)) - {"real.png"}:  # real.png: stopped in its first epoch
             sys.exit(f"error: {run} is not empty: name a new folder, or --resume it")
         return run
     Path("runs").mkdir(exist_ok=True)
@@ -262,7 +262,7 @@ def parzen(samples, images, test_images):
     Samples (N, C, H, W) in [0, 1]; images uint8. Returns the mean over the test images
     and its standard error.
     """
-    # cdist() subtracts products that are nearly equal, so it needs all their digits.
+    # cdist() computes |a|^2 - 2ab + |b|^2. All digits: this is a small difference.
     torch.set_float32_matmul_precision("highest")
     validation = images[-10_000:][:1000]  # the first 1,000 of the last 10,000
     sigmas = torch.logspace(-1, 0, 10)  # from 0.1 to 1
@@ -432,7 +432,7 @@ def main(argv):
             if args.epochs <= done:
                 print(f"{done} epochs are done: to go on, add --epochs {2 * done}")
                 flags = ["--epochs", done, "--data-dir", args.data_dir]
-                args = parse_args(flags, **checkpoint["args"])  # those that made G
+                args = parse_args(flags, **checkpoint["args"])  # the flags that made G
         device = choose_device(args.device)
         args.dataset, images, test_images = load_data(args)  # "auto" becomes a name
         if checkpoint is None:
@@ -444,9 +444,9 @@ def main(argv):
         G = train(args, images.to(device), run, checkpoint)
     except KeyboardInterrupt:
         sys.exit(f'stopped; if an epoch is saved, --resume "{run}" goes on after it')
+    save_gif(run)
     if test_images is not None:
         score(G, args, images, test_images, run)
-    save_gif(run)
     return run, G
 
 
