@@ -233,7 +233,7 @@ def naive_epoch(batches, args, images, epoch, G, D, G_ema, opt_G, opt_D):
 CASES = [("--k 2 --r1 3 --batch-size 21", 64, 1), ("--ema 0.3", 30, 1), ("", 64, 3)]
 
 
-@mark.parametrize("flags, n, channels", CASES)
+@mark.parametrize("flags, n, channels", CASES, ids=["k", "average", "colour"])
 def test_step_by_step_equals_the_naive_loop(flags, n, channels):
     """The naive loop gets the noise of our game, and the images that D saw next."""
     game, naive = [make_game(flags, n, channels) for _ in range(2)]
