@@ -49,7 +49,7 @@ import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
 R1_EVERY = 4  # R1 is slow, so every 4th step adds it, times 4 (StyleGAN2, 3.1)
-EPOCH_IMAGES = 10_000  # an epoch has at least so many: it repeats a small data set
+EPOCH_IMAGES = 10_000  # an epoch shows at least so many: few images are repeated
 DRAWN = [30_000, 5_000]  # how many digits are drawn: for training, for the test
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
 NAMES = f"auto, {', '.join(DATASETS)}, drawn"
@@ -83,7 +83,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
         loss_D = losses.discriminator_loss(
             real_logits, fake_logits, args.real_label, args.label_noise
         )
-        penalty = 0.0  # in most steps
+        penalty = 0.0  # R1 is not in every step
         if args.r1 and step % R1_EVERY == 0:
             penalty = args.r1 * R1_EVERY * losses.r1_penalty(D, x)
         opt_D.zero_grad()  # otherwise backward() would add to the old gradients
@@ -106,7 +106,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
             else:
                 loss_G = losses.generator_loss(fake_logits)
             opt_G.zero_grad()
-            # `inputs`: G's weights only. Nothing uses D's gradients here: skip them.
+            # `inputs`: gradients for G's weights only. Not to compute D's saves time.
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()
             log["loss_G"].append(loss_G.detach())
