@@ -247,8 +247,7 @@ def test_step_by_step_equals_the_naive_loop(flags, n, channels):
         assert_close(*states, rtol=1e-3, atol=1e-4, msg=f"{part} differs")
     for name, values in log.items():
         expected = approx(sum(values).item() / len(values), rel=1e-4)
-        message = f"the mean of {name} is not what its name says (loss_D: without R1)"
-        assert means[name] == expected, message
+        assert means[name] == expected, f"{name} is logged wrongly (loss_D with R1?)"
 
 
 def test_epoch_shows_all_images_equally_often():
@@ -346,7 +345,9 @@ def test_data_set_without_internet_is_drawn_and_a_resumed_run_keeps_it(capsys):
 # --- a whole run ----------------------------------------------------------------------
 def test_run_saves_a_picture_in_every_epoch(finished):
     pictures = sorted(path.name[-6:] for path in finished.run.glob("epoch_*"))
-    assert pictures == ["01.png", "02.png", "03.png", "04.png"], "not one in each epoch"
+    assert pictures == ["01.png", "02.png", "03.png", "04.png"], (
+        "an epoch lacks its own"
+    )
 
 
 def test_run_draws_and_returns_the_average_of_G_in_eval_mode(finished):
@@ -356,7 +357,7 @@ def test_run_draws_and_returns_the_average_of_G_in_eval_mode(finished):
     save_image(samples / 2 + 0.5, "expected.png")
     paths = ["expected.png", finished.run / "epoch_00004.png"]
     pixels = [pil_to_tensor(Image.open(path)).int() for path in paths]
-    message = "other samples, another grid, or G in training mode"
+    message = "G in training mode, other samples, or another grid"
     assert_close(*pixels, rtol=0, atol=2, msg=message)  # GPUs round
     assert_close(finished.G(z), samples, msg="main() returns another G")
 
