@@ -13,7 +13,7 @@ python train_gan.py                          # MNIST, or drawn digits without in
 python train_gan.py --resume runs/001        # continue a run that was stopped
 
 40 epochs of MNIST take 3 to 5 minutes on two CPU cores, and score 237.5 nats, the mean
-of ten seeds (see parzen(); higher is better). The paper has 225, real images have 241.
+of ten seeds (see parzen(); higher is better). The paper has 225, real images get 241.
 
 Newer than the paper are Adam and these four. The flag in brackets undoes each:
 - BatchNorm in G keeps G's images varied (--no-batch-norm).
@@ -49,7 +49,7 @@ import losses
 from models import Discriminator, Generator, load_checkpoint, update_average
 
 R1_EVERY = 4  # R1 is slow, so every 4th step adds it, times 4 (StyleGAN2, 3.1)
-EPOCH_IMAGES = 10_000  # an epoch shows at least so many: few images are repeated
+EPOCH_IMAGES = 10_000  # in an epoch, at least: a smaller data set is shown again
 DRAWN = [30_000, 5_000]  # how many digits are drawn: for training, for the test
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
 NAMES = f"auto, {', '.join(DATASETS)}, drawn"
@@ -68,7 +68,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
     # keeps runs apart: epoch 2 of --seed 0 must not repeat epoch 1 of --seed 1.
     torch.manual_seed(args.seed * 1_000_003 + epoch)
     batches = shuffled_batches(args, images)
-    first_step = (epoch - 1) * len(batches) + 1  # step numbers go on across epochs
+    first_step = (epoch - 1) * len(batches) + 1  # k counts on across epochs
     log = defaultdict(list)  # of tensors: .item() would wait for the GPU in each step
     for step, batch in enumerate(batches, first_step):
         # (1) Update D: maximise log D(x) + log(1 - D(G(z))). loss_D is minus this.
@@ -106,7 +106,7 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
             else:
                 loss_G = losses.generator_loss(fake_logits)
             opt_G.zero_grad()
-            # `inputs`: gradients for G's weights only. Not to compute D's saves time.
+            # `inputs`: G's weights only. Gradients for D's weights would cost time.
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()
             log["loss_G"].append(loss_G.detach())
@@ -124,8 +124,8 @@ def train_epoch(args, images, epoch, G, D, G_ema, opt_G, opt_D):
 def shuffled_batches(args, images):
     """All images in random order: one tensor of indices for each batch.
 
-    A small data set is repeated: up to EPOCH_IMAGES images, and to k batches, so that G
-    has a step. There is no DataLoader: the images are already on the device.
+    A small data set is shown again, until there are EPOCH_IMAGES images and k batches
+    (so that G has a step). No DataLoader: the images are already on the device.
     """
     n = len(images)
     n_shown = max(n, EPOCH_IMAGES, args.k * args.batch_size)
@@ -167,7 +167,7 @@ def train(args, images, run, checkpoint=None):
     history = []  # one row of losses.csv for each epoch
     if checkpoint:
         history = checkpoint["history"]
-        for name in ("opt_G", "opt_D"):  # keep the new --lr, not the saved one
+        for name in ("opt_G", "opt_D"):  # take --lr and --beta1 of now
             checkpoint[name]["param_groups"] = parts[name].state_dict()["param_groups"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -262,7 +262,7 @@ def parzen(samples, images, test_images):
     Samples (N, C, H, W) in [0, 1]; images uint8. Returns the mean over the test images
     and its standard error.
     """
-    # cdist() computes |a|^2 - 2ab + |b|^2. All digits: this is a small difference.
+    # Full precision again: cdist() subtracts large numbers that are nearly equal.
     torch.set_float32_matmul_precision("highest")
     validation = images[-10_000:][:1000]  # the first 1,000 of the last 10,000
     sigmas = torch.logspace(-1, 0, 10)  # from 0.1 to 1
