@@ -12,7 +12,7 @@ G learns to make images that D takes for real.
 python train_gan.py                          # MNIST, or drawn digits without internet
 python train_gan.py --resume runs/001        # continue a run that was stopped
 
-40 epochs of MNIST take 3 to 5 minutes on two CPU cores, and score 237.7 nats, the mean
+40 epochs of MNIST take 4 to 6 minutes on two CPU cores, and score 237.7 nats, the mean
 of ten seeds (see parzen(); higher is better). The paper has 225, real images get 241.
 
 Newer than the paper are Adam and these four. The flag in brackets undoes each:
